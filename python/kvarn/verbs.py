@@ -1,0 +1,157 @@
+"""append, attend, expand, rotate: the verbs of the specification on numpy arrays and torch CPU tensors."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from kvarn import _core
+from kvarn.layout import Layout
+
+_own = threading.local()
+
+
+def workspace_bytes(
+    layout: Layout, tokens: int, requests: int, query_heads: int, max_seq_len: int, threads: int | None = None
+) -> int:
+    """Bytes of workspace for steps of at most `tokens` new tokens in at most `requests` requests of up to
+    `max_seq_len` tokens, with `query_heads` query heads and `threads` threads (None: OpenMP's maximum)."""
+    return _core.workspace_bytes(_layout(layout), tokens, requests, query_heads, max_seq_len, threads)
+
+
+def append(
+    layout: Layout,
+    pages,
+    block_table,
+    seq_lens,
+    query_starts,
+    k,
+    v,
+    workspace=None,
+    encoder: str = "weighted",
+    target: str | None = None,
+) -> int:
+    """Rotates the step's k and v, writes them raw, and packs every tile that completed.
+
+    pages      uint8 [num_pages, page_bytes], rows 16-byte aligned; mutated
+    k, v       [tokens, kv_heads, head_dim]
+    workspace  uint8 [bytes], 64-byte aligned, see workspace_bytes; None: one that this module keeps per thread.
+               attend of the same step and layer must get the same one
+    encoder    "weighted" (default) or "varnorm" (the published algorithm)
+    target     None, or a name of kvarn.targets()
+    Returns how many elements of k and v were replaced: NaN by 0, magnitudes above 65504 by 65504.
+    """
+    core = _layout(layout)
+    if workspace is None:
+        workspace = _default_workspace(core, query_starts, seq_lens, 0)
+    return _core.append(core, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, target)
+
+
+def attend(
+    layout: Layout,
+    pages,
+    block_table,
+    seq_lens,
+    query_starts,
+    q,
+    *,
+    scale: float,
+    soft_cap: float = 0.0,
+    out=None,
+    workspace=None,
+    target: str | None = None,
+):
+    """Causal attention of the step's query rows over each request's tokens; all appends of the layer come before it.
+
+    q      [tokens, query_heads, head_dim]; query head h reads KV head h // (query_heads // kv_heads), ratio 1 .. 64
+    scale  of the scores;  soft_cap: 0 (off), or scores become soft_cap * tanh(score / soft_cap)
+    out    like q, written in place; None: a new array of q's kind and dtype
+    Returns out. A row's bits depend on its own request's tokens only. A query with NaN or infinity gives NaN in its row.
+    """
+    core = _layout(layout)
+    if out is None:
+        out = _empty_like(q)
+    if workspace is None:
+        heads = q.shape[1] if getattr(q, "ndim", 0) == 3 else 0
+        workspace = _default_workspace(core, query_starts, seq_lens, heads)
+    _core.attend(core, pages, block_table, seq_lens, query_starts, q, out, scale, soft_cap, workspace, target)
+    return out
+
+
+def expand(layout: Layout, pages, block_table, seq_lens, dtype=None, target: str | None = None):
+    """The complete tiles of each request, dequantized in the rotated basis, one request after the other.
+
+    dtype  of the results: a numpy or torch dtype as `pages` is an array or a tensor; None: float32
+    Returns (k, v), each [tokens, kv_heads, head_dim], tokens = sum of page_tokens * (seq_len // page_tokens).
+    """
+    core = _layout(layout)
+    tokens = sum(max(0, int(n)) // core.page_tokens for n in _values(seq_lens)) * core.page_tokens
+    shape = (tokens, core.kv_heads, core.head_dim)
+    if isinstance(pages, np.ndarray):
+        k, v = np.empty(shape, dtype or np.float32), np.empty(shape, dtype or np.float32)
+    else:
+        import torch
+
+        k, v = torch.empty(shape, dtype=dtype or torch.float32), torch.empty(shape, dtype=dtype or torch.float32)
+    workspace = _own_workspace(_core.workspace_bytes(core, 0, 0, 0, 0, None))
+    _core.expand(core, pages, block_table, seq_lens, k, v, workspace, target)
+    return k, v
+
+
+def rotate(x, target: str | None = None):
+    """The orthonormal Hadamard rotation of the last axis (its own inverse), in x's dtype; x is not changed."""
+    out = _empty_like(x)
+    if x.ndim == 0:
+        raise ValueError("x has no axis to rotate; its last axis must be head_dim: 64, 80, 96, 128 or 256")
+    three = (-1, 1, x.shape[-1]) if x.shape[-1] else (0, 1, 0)
+    _core.rotate(x.reshape(three), out.reshape(three), target)
+    return out
+
+
+def _layout(layout: Layout):
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout is {type(layout).__name__}; it must be a kvarn.Layout")
+    return layout._core
+
+
+def _empty_like(x):
+    if isinstance(x, np.ndarray):
+        return np.empty(x.shape, x.dtype)
+    try:
+        import torch
+    except ImportError:
+        torch = None
+    if torch is None or not isinstance(x, torch.Tensor):
+        raise TypeError(f"expected a numpy array or a torch tensor, got {type(x).__name__}")
+    return torch.empty(x.shape, dtype=x.dtype)
+
+
+def _values(lengths) -> list:
+    if not hasattr(lengths, "tolist"):
+        raise TypeError(f"seq_lens and query_starts must be int32 arrays, got {type(lengths).__name__}")
+    values = lengths.tolist()
+    return values if isinstance(values, list) else [values]
+
+
+def _default_workspace(core, query_starts, seq_lens, query_heads: int):
+    starts, lengths = _values(query_starts), _values(seq_lens)
+    if any(isinstance(x, list) for x in starts + lengths):
+        raise ValueError("seq_lens and query_starts must have one axis")
+    tokens, longest = max(starts, default=0), max(lengths, default=0)
+    return _own_workspace(
+        _core.workspace_bytes(core, max(0, int(tokens)), len(lengths), query_heads, max(0, int(longest)), None)
+    )
+
+
+def _own_workspace(size: int):
+    """This thread's buffer, grown as needed. Growing keeps what append left for attend."""
+    buffer = getattr(_own, "buffer", None)
+    if buffer is None or buffer.size < size:
+        memory = np.zeros(size + 63, np.uint8)
+        start = -memory.ctypes.data % 64
+        grown = memory[start : start + size]
+        if buffer is not None:
+            grown[: buffer.size] = buffer
+        _own.buffer = buffer = grown
+    return buffer
