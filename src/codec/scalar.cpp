@@ -124,7 +124,8 @@ void attend_tokens(const float* k, const float* v, int visible, int head_dim, co
   columns.max[column] = top;
 }
 
-void attend_packed(const kvarn_layout& layout, const uint8_t* record, const Columns& columns, float cap, Scratch& scratch) {
+void attend_packed(const kvarn_layout& layout, const uint8_t* record, const uint8_t*, const Columns& columns, float cap,
+                   Scratch& scratch) {
   expand(layout, record, scratch.k, scratch.v, scratch);
   for (int c = 0; c < columns.count; ++c)
     attend_tokens(scratch.k, scratch.v, layout.page_tokens, layout.head_dim, columns, c, cap);

@@ -7,7 +7,7 @@
 // 128 x 128 and KV head: 16,384 codes unpacked twice, and per column 2 * 2 * 16,384 byte products = 1,024 VNNI instructions.
 namespace kvarn::KVARN_CPU {
 
-inline constexpr int kColumnBlock = 4;         // columns that share one pass over the codes
+inline constexpr int kFoldColumns = 4;          // columns between two passes over the codes
 inline constexpr float kFixedPoint = 16256.0f;  // 127 * 128: both bytes stay within int8
 
 struct Operand {
@@ -32,29 +32,34 @@ KVARN_INLINE void make_operand(const float* values, int n, Operand& out) {
 }
 
 // out[column][row] = unit * (codes . operand), exact up to the one rounding of the product.
-// codes [rows / 16][columns / 4][16][4]; kPairs row blocks at a time.
-template <int kCount, bool kWide, int kRowBlocks>
+// codes [rows / 16][columns / 4][16][4]; kBlocks row blocks and kCount columns at a time.
+template <int kCount, bool kWide, int kBlocks>
 KVARN_INLINE void multiply_rows(const uint8_t* codes, int block, int quads, const Operand* operands, float* out, int rows) {
-  I high[kRowBlocks][kCount], low[kRowBlocks][kCount];
-  for (int b = 0; b < kRowBlocks; ++b)
-    for (int c = 0; c < kCount; ++c) high[b][c] = low[b][c] = zero();
+  I high[kBlocks * kCount], low[kBlocks * kCount];
+  KVARN_UNROLL
+  for (int i = 0; i < kBlocks * kCount; ++i) high[i] = low[i] = zero();
   const uint8_t* base = codes + 64 * block * quads;
   for (int s = 0; s < quads; ++s) {
-    I line[kRowBlocks];
-    for (int b = 0; b < kRowBlocks; ++b) line[b] = load_bytes(base + 64 * (b * quads + s));
+    I line[kBlocks];
+    KVARN_UNROLL
+    for (int b = 0; b < kBlocks; ++b) line[b] = load_bytes(base + 64 * (b * quads + s));
+    KVARN_UNROLL
     for (int c = 0; c < kCount; ++c) {
       int32_t quad_high, quad_low;
       __builtin_memcpy(&quad_high, operands[c].high + 4 * s, 4);
       __builtin_memcpy(&quad_low, operands[c].low + 4 * s, 4);
-      for (int b = 0; b < kRowBlocks; ++b) {
-        high[b][c] = dot<kWide>(high[b][c], line[b], quad_high);
-        low[b][c] = dot<kWide>(low[b][c], line[b], quad_low);
+      KVARN_UNROLL
+      for (int b = 0; b < kBlocks; ++b) {
+        high[b * kCount + c] = dot<kWide>(high[b * kCount + c], line[b], quad_high);
+        low[b * kCount + c] = dot<kWide>(low[b * kCount + c], line[b], quad_low);
       }
     }
   }
+  KVARN_UNROLL
   for (int c = 0; c < kCount; ++c)
-    for (int b = 0; b < kRowBlocks; ++b) {
-      const F sum = to_float(add(shift_left(high[b][c], 7), low[b][c]));
+    KVARN_UNROLL
+    for (int b = 0; b < kBlocks; ++b) {
+      const F sum = to_float(add(shift_left(high[b * kCount + c], 7), low[b * kCount + c]));
       store(out + c * rows + 16 * (block + b), sum * set(operands[c].unit));
     }
 }
@@ -63,15 +68,22 @@ template <int kCount, bool kWide>
 static void multiply(const uint8_t* codes, int rows, int columns, const Operand* operands, float* out) {
   const int blocks = rows / 16, quads = columns / 4;
   int block = 0;
-  for (; block + 2 <= blocks; block += 2) multiply_rows<kCount, kWide, 2>(codes, block, quads, operands, out, rows);
-  if (block < blocks) multiply_rows<kCount, kWide, 1>(codes, block, quads, operands, out, rows);
+  for (; block + kRowBlocks <= blocks; block += kRowBlocks)
+    multiply_rows<kCount, kWide, kRowBlocks>(codes, block, quads, operands, out, rows);
+  for (; block < blocks; ++block) multiply_rows<kCount, kWide, 1>(codes, block, quads, operands, out, rows);
+}
+
+template <bool kWide>
+static void multiply_columns(const uint8_t* codes, int rows, int columns, const Operand* operands, int count, float* out) {
+  for (; count >= kColumnBlock; count -= kColumnBlock, operands += kColumnBlock, out += kColumnBlock * rows)
+    multiply<kColumnBlock, kWide>(codes, rows, columns, operands, out);
+  if (count == 3) multiply<3, kWide>(codes, rows, columns, operands, out);
+  if (count == 2) multiply<2, kWide>(codes, rows, columns, operands, out);
+  if (count == 1) multiply<1, kWide>(codes, rows, columns, operands, out);
 }
 
 KVARN_INLINE void multiply(const uint8_t* codes, int rows, int columns, int bits, const Operand* operands, int count, float* out) {
-  using Function = void (*)(const uint8_t*, int, int, const Operand*, float*);
-  static constexpr Function kNarrow[] = {multiply<1, false>, multiply<2, false>, multiply<3, false>, multiply<4, false>};
-  static constexpr Function kWide[] = {multiply<1, true>, multiply<2, true>, multiply<3, true>, multiply<4, true>};
-  (bits == 8 ? kWide : kNarrow)[count - 1](codes, rows, columns, operands, out);
+  (bits == 8 ? multiply_columns<true> : multiply_columns<false>)(codes, rows, columns, operands, count, out);
 }
 
 // cap * tanh(y / cap) in log2 units; tanh(x) = 1 - 2 / (e^2x + 1), through e^-2|x| so that nothing overflows.
@@ -98,17 +110,21 @@ KVARN_INLINE float softmax_step(float* scores, int n, float& running_max, float&
   return decay;
 }
 
-static void attend_packed(const kvarn_layout& layout, const uint8_t* record, const Columns& columns, float cap, Scratch& scratch) {
+static void attend_packed(const kvarn_layout& layout, const uint8_t* record, const uint8_t* next, const Columns& columns, float cap,
+                          Scratch& scratch) {
   const int tokens = layout.page_tokens, head_dim = layout.head_dim;
-  unpack(record + layout.k_codes, tokens, head_dim, layout.k_bits, scratch.k_codes);
-  unpack(record + layout.v_codes, head_dim, tokens, layout.v_bits, scratch.v_codes);
+  const int64_t ahead = next - record;
+  unpack(record + layout.k_codes, tokens, head_dim, layout.k_bits, scratch.k_codes, ahead);
+  unpack(record + layout.v_codes, head_dim, tokens, layout.v_bits, scratch.v_codes, ahead);
+  for (int64_t i = layout.k_scale; i < layout.v_codes; i += 64) __builtin_prefetch(next + i);
+  for (int64_t i = layout.v_channel; i < layout.record_bytes; i += 64) __builtin_prefetch(next + i);
 
-  alignas(64) Operand operands[kColumnBlock];
-  alignas(64) float scores[kColumnBlock * format::kMaxPageTokens], parts[kColumnBlock * format::kMaxHeadDim];
+  alignas(64) Operand operands[kFoldColumns];
+  alignas(64) float scores[kFoldColumns * format::kMaxPageTokens], parts[kFoldColumns * format::kMaxHeadDim];
   alignas(64) float folded[format::kMaxHeadDim];
-  for (int first_column = 0; first_column < columns.count; first_column += kColumnBlock) {
-    const int block = columns.count - first_column < kColumnBlock ? columns.count - first_column : kColumnBlock;
-    float zero_terms[kColumnBlock], decays[kColumnBlock];
+  for (int first_column = 0; first_column < columns.count; first_column += kFoldColumns) {
+    const int block = columns.count - first_column < kFoldColumns ? columns.count - first_column : kFoldColumns;
+    float zero_terms[kFoldColumns], decays[kFoldColumns];
 
     for (int c = 0; c < block; ++c) {  // q s_k, and q . z_k
       const float* q = columns.q + (first_column + c) * head_dim;

@@ -28,36 +28,41 @@ static void pack(const uint8_t* codes, int rows, int columns, int bits, uint8_t*
 }
 
 // Fragment order -> bytes [rows / 16][columns / 4][16 rows][4 columns]: 64 codes in one register, ready for dot.
-template <int kWidth>
-KVARN_INLINE void unpack_plane(const uint8_t* in, const format::Plane plane, uint8_t* codes) {
+template <int kWidth, int kRowFields, bool kFirst>
+static void unpack_plane(const uint8_t* in, const format::Plane& plane, uint8_t* codes, int64_t ahead) {
+  constexpr int kColumnFields = 8 / kWidth / kRowFields;
   const I mask = set(static_cast<int32_t>(0x01010101u * ((1u << kWidth) - 1)));
-  const int quads = plane.steps * plane.column_fields;
-  for (int block = 0; block < plane.blocks; ++block)
-    for (int step = 0; step < plane.steps; ++step, in += format::kLineBytes) {
+  const int quads = plane.steps * kColumnFields;
+  for (int block = 0; block < plane.blocks; ++block) {
+    uint8_t* to = codes + 64 * block * kRowFields * quads;
+    for (int step = 0; step < plane.steps; ++step, in += format::kLineBytes, to += 64 * kColumnFields) {
       I line = load_bytes(in);
+      __builtin_prefetch(in + ahead);
       if (format::halves_exchanged(step)) line = exchange_halves(line);
-      uint8_t* to = codes + 64 * (block * plane.row_fields * quads + step * plane.column_fields);
-      for (int c = 0; c < plane.column_fields; ++c)
-        for (int r = 0; r < plane.row_fields; ++r) {
-          const I field = bit_and(shift_right(line, kWidth * (c * plane.row_fields + r)), mask);
-          uint8_t* at = to + 64 * (r * quads + c);
-          store_bytes(at, plane.shift == 0 ? field : bit_or(load_bytes(at), shift_left(field, plane.shift)));
-        }
+      KVARN_UNROLL
+      for (int field = 0; field < kColumnFields * kRowFields; ++field) {
+        const I bits = bit_and(shift_right(line, kWidth * field), mask);
+        uint8_t* at = to + 64 * (field % kRowFields * quads + field / kRowFields);
+        store_bytes(at, kFirst ? bits : bit_or(load_bytes(at), shift_left(bits, plane.shift)));
+      }
     }
+  }
 }
 
-static void unpack(const uint8_t* in, int rows, int columns, int bits, uint8_t* codes) {
+// `ahead`: distance to bytes that are worth fetching meanwhile, the same matrix of the next record (0: none).
+static void unpack(const uint8_t* in, int rows, int columns, int bits, uint8_t* codes, int64_t ahead = 0) {
+  using Function = void (*)(const uint8_t*, const format::Plane&, uint8_t*, int64_t);
+  // [log2 of width][log2 of row fields]; a second plane of 3-bit codes is 1 bit wide.
+  static constexpr Function kFirst[4][4] = {{},
+                                            {unpack_plane<2, 1, true>, unpack_plane<2, 2, true>, unpack_plane<2, 4, true>},
+                                            {unpack_plane<4, 1, true>, unpack_plane<4, 2, true>},
+                                            {unpack_plane<8, 1, true>}};
+  static constexpr Function kSecond[4] = {unpack_plane<1, 1, false>, unpack_plane<1, 2, false>, unpack_plane<1, 4, false>,
+                                          unpack_plane<1, 8, false>};
   const format::Planes planes = format::make_planes(rows, columns, bits);
-  for (int p = 0; p < planes.count; ++p) {
-    const format::Plane plane = planes.plane[p];
-    switch (plane.width) {
-      case 8: unpack_plane<8>(in, plane, codes); break;
-      case 4: unpack_plane<4>(in, plane, codes); break;
-      case 2: unpack_plane<2>(in, plane, codes); break;
-      default: unpack_plane<1>(in, plane, codes);
-    }
-    in += plane.bytes();
-  }
+  const auto log2 = [](int x) { return __builtin_ctz(static_cast<unsigned>(x)); };
+  kFirst[log2(planes.plane[0].width)][log2(planes.plane[0].row_fields)](in, planes.plane[0], codes, ahead);
+  if (planes.count == 2) kSecond[log2(planes.plane[1].row_fields)](in + planes.plane[0].bytes(), planes.plane[1], codes, ahead);
 }
 
 KVARN_INLINE const uint16_t* section(const uint8_t* record, int64_t offset) {

@@ -49,8 +49,10 @@ struct Attend {
     for (int32_t c = 0; c < part.count; ++c)
       if (!finite[c]) part.sum[c] = std::numeric_limits<float>::quiet_NaN();
     const int32_t begin = segment * kSegmentTiles, end = std::min(begin + kSegmentTiles, block.tile);
-    for (int32_t tile = begin; tile < end; ++tile)
-      kernels.attend_packed(layout, step.region(block.request, tile, head), part, cap, scratch);
+    for (int32_t tile = begin; tile < end; ++tile) {
+      const uint8_t* next = step.region(block.request, std::min(tile + 1, end - 1), head);
+      kernels.attend_packed(layout, step.region(block.request, tile, head), next, part, cap, scratch);
+    }
     if (segment != block.tile / kSegmentTiles) return;
 
     int32_t visible[kMaxColumns];

@@ -61,7 +61,9 @@ struct Kernels {
   void (*expand)(const kvarn_layout& layout, const uint8_t* record, float* k, float* v, Scratch& scratch);
 
   // Extends each column's chain by a packed tile, or by the tokens of a raw tile that it sees (visible[column] >= 1).
-  void (*attend_packed)(const kvarn_layout& layout, const uint8_t* record, const Columns& columns, float cap, Scratch& scratch);
+  // `next` is the record that follows, to be fetched meanwhile; the last one names itself.
+  void (*attend_packed)(const kvarn_layout& layout, const uint8_t* record, const uint8_t* next, const Columns& columns, float cap,
+                        Scratch& scratch);
   void (*attend_raw)(const kvarn_layout& layout, const RawTile& raw, const int32_t* visible, const Columns& columns, float cap,
                      Scratch& scratch);
   // total = total followed by part.
