@@ -9,6 +9,9 @@ if(KVARN_SANITIZE)
   target_compile_options(kvarn_options INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(kvarn_options INTERFACE -fsanitize=address,undefined)
 endif()
+if(KVARN_FUZZ)
+  target_compile_options(kvarn_options INTERFACE -fsanitize=fuzzer-no-link)  # the library's coverage guides the fuzzer
+endif()
 
 # The instruction sets of the SIMD targets. On another architecture the files compile to "not available".
 function(kvarn_target_flags)

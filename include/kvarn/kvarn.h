@@ -37,14 +37,21 @@ typedef enum kvarn_status {
   KVARN_WORKSPACE_TOO_SMALL = 50,
   KVARN_WORKSPACE_STALE = 51,
   KVARN_UNKNOWN_TARGET = 60,
-  KVARN_TARGET_UNAVAILABLE = 61
+  KVARN_TARGET_UNAVAILABLE = 61,
+  KVARN_STATUS_INT32 = 0x7fffffff
 } kvarn_status;
 
-typedef enum kvarn_dtype { KVARN_FLOAT32 = 0, KVARN_FLOAT16 = 1, KVARN_BFLOAT16 = 2 } kvarn_dtype;
+typedef enum kvarn_dtype {
+  KVARN_FLOAT32 = 0,
+  KVARN_FLOAT16 = 1,
+  KVARN_BFLOAT16 = 2,
+  KVARN_DTYPE_INT32 = 0x7fffffff /* so that any int32 is representable, and refused, in C++ too */
+} kvarn_dtype;
 
 typedef enum kvarn_encoder {
   KVARN_WEIGHTED = 0, /* default: docs/specification.md section 6 */
-  KVARN_VARNORM = 1   /* the published algorithm: section 7 */
+  KVARN_VARNORM = 1,  /* the published algorithm: section 7 */
+  KVARN_ENCODER_INT32 = 0x7fffffff
 } kvarn_encoder;
 
 /* Everything that follows from (preset, head_dim, kv_heads). Filled by kvarn_layout_init; treat it as read-only. */

@@ -39,6 +39,7 @@ extern "C" const char* kvarn_status_message(kvarn_status status) {
     case KVARN_WORKSPACE_STALE: return "the workspace does not hold this step's raw tiles";
     case KVARN_UNKNOWN_TARGET: return "no such target";
     case KVARN_TARGET_UNAVAILABLE: return "this CPU or build lacks the target";
+    case KVARN_STATUS_INT32: break;
   }
   return "unknown status";
 }
