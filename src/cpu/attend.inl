@@ -31,59 +31,127 @@ KVARN_INLINE void make_operand(const float* values, int n, Operand& out) {
   }
 }
 
-// out[column][row] = unit * (codes . operand), exact up to the one rounding of the product.
-// codes [rows / 16][columns / 4][16][4]; kBlocks row blocks and kCount columns at a time.
+// The product of code matrix and operands: out[column][row] = unit * (codes . operand), exact up to the one rounding at the
+// end. Meanwhile the matrix of the next record comes in, a line (8-bit codes: two) every step: asked for all at once, it
+// would wait for the miss buffers.
 template <int kCount, bool kWide, int kBlocks>
-KVARN_INLINE void multiply_rows(const uint8_t* codes, int block, int quads, const Operand* operands, float* out, int rows) {
+struct Accumulators {
   I high[kBlocks * kCount], low[kBlocks * kCount];
-  KVARN_UNROLL
-  for (int i = 0; i < kBlocks * kCount; ++i) high[i] = low[i] = zero();
-  const uint8_t* base = codes + 64 * block * quads;
-  for (int s = 0; s < quads; ++s) {
-    I line[kBlocks];
+
+  KVARN_INLINE Accumulators() {
     KVARN_UNROLL
-    for (int b = 0; b < kBlocks; ++b) line[b] = load_bytes(base + 64 * (b * quads + s));
+    for (int i = 0; i < kBlocks * kCount; ++i) high[i] = low[i] = zero();
+  }
+  // lines: 16 rows x 4 columns each, of kBlocks row blocks; step counts columns in fours.
+  KVARN_INLINE void add_step(const I* lines, const Operand* operands, int step) {
     KVARN_UNROLL
     for (int c = 0; c < kCount; ++c) {
       int32_t quad_high, quad_low;
-      __builtin_memcpy(&quad_high, operands[c].high + 4 * s, 4);
-      __builtin_memcpy(&quad_low, operands[c].low + 4 * s, 4);
+      __builtin_memcpy(&quad_high, operands[c].high + 4 * step, 4);
+      __builtin_memcpy(&quad_low, operands[c].low + 4 * step, 4);
       KVARN_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
-        high[b * kCount + c] = dot<kWide>(high[b * kCount + c], line[b], quad_high);
-        low[b * kCount + c] = dot<kWide>(low[b * kCount + c], line[b], quad_low);
+        high[b * kCount + c] = dot<kWide>(high[b * kCount + c], lines[b], quad_high);
+        low[b * kCount + c] = dot<kWide>(low[b * kCount + c], lines[b], quad_low);
       }
     }
   }
-  KVARN_UNROLL
-  for (int c = 0; c < kCount; ++c)
+  // out: that of the first row of the first block
+  KVARN_INLINE void finish(const Operand* operands, float* out, int rows) const {
     KVARN_UNROLL
-    for (int b = 0; b < kBlocks; ++b) {
-      const F sum = to_float(add(shift_left(high[b * kCount + c], 7), low[b * kCount + c]));
-      store(out + c * rows + 16 * (block + b), sum * set(operands[c].unit));
+    for (int c = 0; c < kCount; ++c)
+      KVARN_UNROLL
+      for (int b = 0; b < kBlocks; ++b) {
+        const F sum = to_float(add(shift_left(high[b * kCount + c], 7), low[b * kCount + c]));
+        store(out + c * rows + 16 * b, sum * set(operands[c].unit));
+      }
+  }
+};
+
+struct Product {
+  const uint8_t* codes;  // a plane in fragment order, or what unpack made of the planes
+  bool unpacked;
+  int rows, columns, bits;
+  const uint8_t* fetch;  // the next record's codes
+
+  template <bool kWide>
+  KVARN_INLINE void prefetch(int64_t step) const {
+    for (int i = 0; i < (kWide ? 2 : 1); ++i) __builtin_prefetch(fetch + 64 * ((kWide ? 2 : 1) * step + i));
+  }
+
+  // From bytes [rows / 16][columns / 4][16][4].
+  template <int kCount, bool kWide, int kBlocks>
+  KVARN_INLINE void run_bytes(int block, const Operand* operands, float* out) const {
+    const int steps = columns / 4;
+    const uint8_t* in = codes + 64 * block * steps;
+    Accumulators<kCount, kWide, kBlocks> sums;
+    for (int s = 0; s < steps; ++s) {
+      I lines[kBlocks];
+      prefetch<kWide>(block / kBlocks * steps + s);
+      KVARN_UNROLL
+      for (int b = 0; b < kBlocks; ++b) lines[b] = load_bytes(in + 64 * (b * steps + s));
+      sums.add_step(lines, operands, s);
     }
-}
+    sums.finish(operands, out + 16 * block, rows);
+  }
+  template <int kCount, bool kWide>
+  void run_bytes(const Operand* operands, float* out) const {
+    int block = 0;
+    for (; block + kRowBlocks <= rows / 16; block += kRowBlocks) run_bytes<kCount, kWide, kRowBlocks>(block, operands, out);
+    for (; block < rows / 16; ++block) run_bytes<kCount, kWide, 1>(block, operands, out);
+  }
 
-template <int kCount, bool kWide>
-static void multiply(const uint8_t* codes, int rows, int columns, const Operand* operands, float* out) {
-  const int blocks = rows / 16, quads = columns / 4;
-  int block = 0;
-  for (; block + kRowBlocks <= blocks; block += kRowBlocks)
-    multiply_rows<kCount, kWide, kRowBlocks>(codes, block, quads, operands, out, rows);
-  for (; block < blocks; ++block) multiply_rows<kCount, kWide, 1>(codes, block, quads, operands, out, rows);
-}
+  // Straight from one plane whose fields are all rows: the fields of a line are taken kBlocks at a time.
+  template <int kCount, int kWidth>
+  void run_plane(const Operand* operands, float* out) const {
+    constexpr int kRowFields = 8 / kWidth, kBlocks = kRowBlocks < kRowFields ? kRowBlocks : kRowFields;
+    constexpr bool kWide = kWidth == 8;
+    const I mask = set(static_cast<int32_t>(0x01010101u * ((1u << kWidth) - 1)));
+    const int steps = columns / 4;
+    int64_t done = 0;
+    for (int block = 0; block < rows / (16 * kRowFields); ++block) {
+      const uint8_t* in = codes + 64 * block * steps;
+      KVARN_UNROLL
+      for (int field = 0; field < kRowFields; field += kBlocks, done += steps) {
+        Accumulators<kCount, kWide, kBlocks> sums;
+        for (int s = 0; s < steps; s += 4) {
+          KVARN_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            prefetch<kWide>(done + s + i);
+            I line = load_bytes(in + 64 * (s + i)), lines[kBlocks];
+            if (format::halves_exchanged(i)) line = exchange_halves(line);
+            KVARN_UNROLL
+            for (int b = 0; b < kBlocks; ++b) lines[b] = bit_and(shift_right(line, kWidth * (field + b)), mask);
+            sums.add_step(lines, operands, s + i);
+          }
+        }
+        sums.finish(operands, out + 16 * (block * kRowFields + field), rows);
+      }
+    }
+  }
 
-template <bool kWide>
-static void multiply_columns(const uint8_t* codes, int rows, int columns, const Operand* operands, int count, float* out) {
-  for (; count >= kColumnBlock; count -= kColumnBlock, operands += kColumnBlock, out += kColumnBlock * rows)
-    multiply<kColumnBlock, kWide>(codes, rows, columns, operands, out);
-  if (count == 3) multiply<3, kWide>(codes, rows, columns, operands, out);
-  if (count == 2) multiply<2, kWide>(codes, rows, columns, operands, out);
-  if (count == 1) multiply<1, kWide>(codes, rows, columns, operands, out);
-}
+  template <int kCount>
+  void run(const Operand* operands, float* out) const {
+    if (unpacked) return bits == 8 ? run_bytes<kCount, true>(operands, out) : run_bytes<kCount, false>(operands, out);
+    if (bits == 8) return run_plane<kCount, 8>(operands, out);
+    if (bits == 4) return run_plane<kCount, 4>(operands, out);
+    return run_plane<kCount, 2>(operands, out);
+  }
+  void operator()(const Operand* operands, int count, float* out) const {
+    for (; count >= kColumnBlock; count -= kColumnBlock, operands += kColumnBlock, out += kColumnBlock * rows)
+      run<kColumnBlock>(operands, out);
+    if (count == 3) run<3>(operands, out);
+    if (count == 2) run<2>(operands, out);
+    if (count == 1) run<1>(operands, out);
+  }
+};
 
-KVARN_INLINE void multiply(const uint8_t* codes, int rows, int columns, int bits, const Operand* operands, int count, float* out) {
-  (bits == 8 ? multiply_columns<true> : multiply_columns<false>)(codes, rows, columns, operands, count, out);
+// Up to kFoldColumns columns read the codes once, so they take them from the plane; more columns share an unpacked copy.
+static Product make_product(const uint8_t* codes, int rows, int columns, int bits, bool few, uint8_t* bytes, const uint8_t* fetch) {
+  const format::Planes planes = format::make_planes(rows, columns, bits);
+  const bool direct = few && planes.count == 1 && planes.plane[0].column_fields == 1;
+  if (!direct) unpack(codes, rows, columns, bits, bytes);
+  return {direct ? codes : bytes, !direct, rows, columns, bits, fetch};
 }
 
 // cap * tanh(y / cap) in log2 units; tanh(x) = 1 - 2 / (e^2x + 1), through e^-2|x| so that nothing overflows.
@@ -110,15 +178,27 @@ KVARN_INLINE float softmax_step(float* scores, int n, float& running_max, float&
   return decay;
 }
 
+KVARN_INLINE void widen(const uint8_t* record, int64_t offset, int length, float* out) {
+  for (int i = 0; i < length; i += 16) store(out + i, load_f16(section(record, offset) + i));
+}
+
 static void attend_packed(const kvarn_layout& layout, const uint8_t* record, const uint8_t* next, const Columns& columns, float cap,
                           Scratch& scratch) {
   const int tokens = layout.page_tokens, head_dim = layout.head_dim;
-  const int64_t ahead = next - record;
-  unpack(record + layout.k_codes, tokens, head_dim, layout.k_bits, scratch.k_codes, ahead);
-  unpack(record + layout.v_codes, head_dim, tokens, layout.v_bits, scratch.v_codes, ahead);
+  const bool few = columns.count <= kFoldColumns;
+  const Product scores_of = make_product(record + layout.k_codes, tokens, head_dim, layout.k_bits, few, scratch.k_codes, next + layout.k_codes);
+  const Product parts_of = make_product(record + layout.v_codes, head_dim, tokens, layout.v_bits, few, scratch.v_codes, next + layout.v_codes);
   for (int64_t i = layout.k_scale; i < layout.v_codes; i += 64) __builtin_prefetch(next + i);
   for (int64_t i = layout.v_channel; i < layout.record_bytes; i += 64) __builtin_prefetch(next + i);
 
+  alignas(64) float s_k[format::kMaxHeadDim], z_k[format::kMaxHeadDim], c_v[format::kMaxHeadDim];
+  alignas(64) float t_k[format::kMaxPageTokens], s_v[format::kMaxPageTokens], z_v[format::kMaxPageTokens];
+  widen(record, layout.k_scale, head_dim, s_k);
+  widen(record, layout.k_zero, head_dim, z_k);
+  widen(record, layout.k_token, tokens, t_k);
+  widen(record, layout.v_channel, head_dim, c_v);
+  widen(record, layout.v_scale, tokens, s_v);
+  widen(record, layout.v_zero, tokens, z_v);
   alignas(64) Operand operands[kFoldColumns];
   alignas(64) float scores[kFoldColumns * format::kMaxPageTokens], parts[kFoldColumns * format::kMaxHeadDim];
   alignas(64) float folded[format::kMaxHeadDim];
@@ -131,18 +211,18 @@ static void attend_packed(const kvarn_layout& layout, const uint8_t* record, con
       F zeros = set(0.0f);
       for (int d = 0; d < head_dim; d += 16) {
         const F value = load(q + d);
-        store(folded + d, value * load_f16(section(record, layout.k_scale) + d));
-        zeros = zeros + value * load_f16(section(record, layout.k_zero) + d);
+        store(folded + d, value * load(s_k + d));
+        zeros = zeros + value * load(z_k + d);
       }
       zero_terms[c] = sum_lanes(zeros);
       make_operand(folded, head_dim, operands[c]);
     }
-    multiply(scratch.k_codes, tokens, head_dim, layout.k_bits, operands, block, scores);
+    scores_of(operands, block, scores);
 
     for (int c = 0; c < block; ++c) {  // softmax, then p s_v and p . z_v
       float* score = scores + c * tokens;
       for (int t = 0; t < tokens; t += 16) {
-        F y = (load(score + t) + set(zero_terms[c])) * load_f16(section(record, layout.k_token) + t);
+        F y = (load(score + t) + set(zero_terms[c])) * load(t_k + t);
         if (cap > 0) y = soft_cap(y, cap);
         store(score + t, max(y, set(Columns::kLowest)));
       }
@@ -150,22 +230,94 @@ static void attend_packed(const kvarn_layout& layout, const uint8_t* record, con
       F zeros = set(0.0f);
       for (int t = 0; t < tokens; t += 16) {
         const F p = load(score + t);
-        store(folded + t, p * load_f16(section(record, layout.v_scale) + t));
-        zeros = zeros + p * load_f16(section(record, layout.v_zero) + t);
+        store(folded + t, p * load(s_v + t));
+        zeros = zeros + p * load(z_v + t);
       }
       zero_terms[c] = sum_lanes(zeros);
       make_operand(folded, tokens, operands[c]);
     }
-    multiply(scratch.v_codes, head_dim, tokens, layout.v_bits, operands, block, parts);
+    parts_of(operands, block, parts);
 
     for (int c = 0; c < block; ++c) {
       float* out = columns.out + (first_column + c) * head_dim;
       for (int d = 0; d < head_dim; d += 16) {
-        const F part = (load(parts + c * head_dim + d) + set(zero_terms[c])) * load_f16(section(record, layout.v_channel) + d);
+        const F part = (load(parts + c * head_dim + d) + set(zero_terms[c])) * load(c_v + d);
         store(out + d, load(out + d) * set(decays[c]) + part);
       }
     }
   }
+}
+
+// scores[c][t] = q[c] . k[t] of kCount columns, 16 tokens at a time; beyond a column's visible tokens below everything.
+template <int kCount>
+static void raw_scores(const float* k, const float* q, const int32_t* visible, int tokens, int head_dim, float cap, float* scores) {
+  F products[kCount][16];
+  for (int first_token = 0; first_token < tokens; first_token += 16) {
+    for (int t = 0; t < 16; ++t) {
+      const float* row = k + (first_token + t < tokens ? first_token + t : tokens - 1) * head_dim;
+      F sums[kCount];
+      KVARN_UNROLL
+      for (int c = 0; c < kCount; ++c) sums[c] = load(q + c * head_dim) * load(row);
+      for (int d = 16; d < head_dim; d += 16) {
+        const F key = load(row + d);
+        KVARN_UNROLL
+        for (int c = 0; c < kCount; ++c) sums[c] = sums[c] + load(q + c * head_dim + d) * key;
+      }
+      KVARN_UNROLL
+      for (int c = 0; c < kCount; ++c) products[c][t] = sums[c];
+    }
+    for (int c = 0; c < kCount; ++c) {
+      float* out = scores + c * format::kMaxPageTokens + first_token;
+      F y = sum_each(products[c]);
+      if (cap > 0) y = soft_cap(y, cap);
+      store(out, max(y, set(Columns::kLowest)));
+      for (int t = visible[c] > first_token ? visible[c] - first_token : 0; t < 16; ++t) out[t] = 1.1f * Columns::kLowest;
+    }
+  }
+}
+
+// out[c] = out[c] * decay[c] + sum of p[c][t] v[t] over 16 kVectors channels, tokens in order; p is 0 where not visible.
+template <int kCount, int kVectors>
+KVARN_INLINE void raw_values(const float* v, const float* p, int tokens, int head_dim, const float* decays, float* out) {
+  F parts[kCount * kVectors];
+  KVARN_UNROLL
+  for (int i = 0; i < kCount * kVectors; ++i) parts[i] = set(0.0f);
+  for (int t = 0; t < tokens; ++t) {
+    F values[kVectors];
+    KVARN_UNROLL
+    for (int i = 0; i < kVectors; ++i) values[i] = load(v + t * head_dim + 16 * i);
+    KVARN_UNROLL
+    for (int c = 0; c < kCount; ++c)
+      KVARN_UNROLL
+      for (int i = 0; i < kVectors; ++i)
+        parts[c * kVectors + i] = parts[c * kVectors + i] + set(p[c * format::kMaxPageTokens + t]) * values[i];
+  }
+  KVARN_UNROLL
+  for (int c = 0; c < kCount; ++c)
+    KVARN_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      float* to = out + c * head_dim + 16 * i;
+      store(to, load(to) * set(decays[c]) + parts[c * kVectors + i]);
+    }
+}
+
+// kCount columns from `first_column` on over a raw tile in scratch.k and scratch.v.
+template <int kCount>
+static void attend_raw_columns(const Columns& columns, int first_column, const int32_t* visible, int head_dim, float cap,
+                               const Scratch& scratch) {
+  alignas(64) float scores[kCount * format::kMaxPageTokens];
+  float decays[kCount];
+  int tokens = 0;
+  for (int c = 0; c < kCount; ++c) tokens = visible[first_column + c] > tokens ? visible[first_column + c] : tokens;
+  raw_scores<kCount>(scratch.k, columns.q + first_column * head_dim, visible + first_column, tokens, head_dim, cap, scores);
+  for (int c = 0; c < kCount; ++c)
+    decays[c] = softmax_step(scores + c * format::kMaxPageTokens, (tokens + 15) / 16 * 16, columns.max[first_column + c],
+                             columns.sum[first_column + c]);
+  float* out = columns.out + first_column * head_dim;
+  int d = 0;
+  for (; d + 16 * kRawVectors <= head_dim; d += 16 * kRawVectors)
+    raw_values<kCount, kRawVectors>(scratch.v + d, scores, tokens, head_dim, decays, out + d);
+  for (; d < head_dim; d += 16) raw_values<kCount, 1>(scratch.v + d, scores, tokens, head_dim, decays, out + d);
 }
 
 static void attend_raw(const kvarn_layout& layout, const RawTile& raw, const int32_t* visible, const Columns& columns, float cap,
@@ -178,31 +330,10 @@ static void attend_raw(const kvarn_layout& layout, const RawTile& raw, const int
       store(scratch.k + t * head_dim + d, load_f16(raw.k[t] + d));
       store(scratch.v + t * head_dim + d, load_f16(raw.v[t] + d));
     }
-  alignas(64) float scores[format::kMaxPageTokens];
-  for (int c = 0; c < columns.count; ++c) {
-    const float* q = columns.q + c * head_dim;
-    const int padded = (visible[c] + 15) / 16 * 16;
-    for (int t = 0; t < visible[c]; ++t) {
-      const float* k = scratch.k + t * head_dim;
-      F products = load(q) * load(k);
-      for (int d = 16; d < head_dim; d += 16) products = products + load(q + d) * load(k + d);
-      scores[t] = sum_lanes(products);
-    }
-    for (int t = visible[c]; t < padded; ++t) scores[t] = 1.1f * Columns::kLowest;
-    for (int t = 0; t < visible[c]; t += 16) {
-      F y = load(scores + t);
-      const M token = less(set(Columns::kLowest), y);
-      if (cap > 0) y = select(token, soft_cap(y, cap), y);
-      store(scores + t, y);
-    }
-    const float decay = softmax_step(scores, padded, columns.max[c], columns.sum[c]);
-    float* out = columns.out + c * head_dim;
-    for (int d = 0; d < head_dim; d += 16) {
-      F part = set(scores[0]) * load(scratch.v + d);
-      for (int t = 1; t < visible[c]; ++t) part = part + set(scores[t]) * load(scratch.v + t * head_dim + d);
-      store(out + d, load(out + d) * set(decay) + part);
-    }
-  }
+  int c = 0;
+  for (; c + kColumnBlock <= columns.count; c += kColumnBlock)
+    attend_raw_columns<kColumnBlock>(columns, c, visible, head_dim, cap, scratch);
+  for (; c < columns.count; ++c) attend_raw_columns<1>(columns, c, visible, head_dim, cap, scratch);
 }
 
 static void fold(int head_dim, const Columns& total, const Columns& part) {

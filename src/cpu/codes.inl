@@ -29,7 +29,7 @@ static void pack(const uint8_t* codes, int rows, int columns, int bits, uint8_t*
 
 // Fragment order -> bytes [rows / 16][columns / 4][16 rows][4 columns]: 64 codes in one register, ready for dot.
 template <int kWidth, int kRowFields, bool kFirst>
-static void unpack_plane(const uint8_t* in, const format::Plane& plane, uint8_t* codes, int64_t ahead) {
+static void unpack_plane(const uint8_t* in, const format::Plane& plane, uint8_t* codes) {
   constexpr int kColumnFields = 8 / kWidth / kRowFields;
   const I mask = set(static_cast<int32_t>(0x01010101u * ((1u << kWidth) - 1)));
   const int quads = plane.steps * kColumnFields;
@@ -37,7 +37,6 @@ static void unpack_plane(const uint8_t* in, const format::Plane& plane, uint8_t*
     uint8_t* to = codes + 64 * block * kRowFields * quads;
     for (int step = 0; step < plane.steps; ++step, in += format::kLineBytes, to += 64 * kColumnFields) {
       I line = load_bytes(in);
-      __builtin_prefetch(in + ahead);
       if (format::halves_exchanged(step)) line = exchange_halves(line);
       KVARN_UNROLL
       for (int field = 0; field < kColumnFields * kRowFields; ++field) {
@@ -49,9 +48,8 @@ static void unpack_plane(const uint8_t* in, const format::Plane& plane, uint8_t*
   }
 }
 
-// `ahead`: distance to bytes that are worth fetching meanwhile, the same matrix of the next record (0: none).
-static void unpack(const uint8_t* in, int rows, int columns, int bits, uint8_t* codes, int64_t ahead = 0) {
-  using Function = void (*)(const uint8_t*, const format::Plane&, uint8_t*, int64_t);
+static void unpack(const uint8_t* in, int rows, int columns, int bits, uint8_t* codes) {
+  using Function = void (*)(const uint8_t*, const format::Plane&, uint8_t*);
   // [log2 of width][log2 of row fields]; a second plane of 3-bit codes is 1 bit wide.
   static constexpr Function kFirst[4][4] = {{},
                                             {unpack_plane<2, 1, true>, unpack_plane<2, 2, true>, unpack_plane<2, 4, true>},
@@ -61,8 +59,8 @@ static void unpack(const uint8_t* in, int rows, int columns, int bits, uint8_t* 
                                           unpack_plane<1, 8, false>};
   const format::Planes planes = format::make_planes(rows, columns, bits);
   const auto log2 = [](int x) { return __builtin_ctz(static_cast<unsigned>(x)); };
-  kFirst[log2(planes.plane[0].width)][log2(planes.plane[0].row_fields)](in, planes.plane[0], codes, ahead);
-  if (planes.count == 2) kSecond[log2(planes.plane[1].row_fields)](in + planes.plane[0].bytes(), planes.plane[1], codes, ahead);
+  kFirst[log2(planes.plane[0].width)][log2(planes.plane[0].row_fields)](in, planes.plane[0], codes);
+  if (planes.count == 2) kSecond[log2(planes.plane[1].row_fields)](in + planes.plane[0].bytes(), planes.plane[1], codes);
 }
 
 KVARN_INLINE const uint16_t* section(const uint8_t* record, int64_t offset) {

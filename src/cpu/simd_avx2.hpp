@@ -18,6 +18,7 @@ namespace kvarn::KVARN_CPU {
 
 // Of the integer product: 1 x 2 x 2 limbs of two registers each = 8 of 16 registers accumulate.
 inline constexpr int kRowBlocks = 1, kColumnBlock = 2;
+inline constexpr int kRawVectors = 2;  // of the raw tile's values: 2 x 2 columns
 
 struct F {
   __m256 a, b;
@@ -133,6 +134,13 @@ KVARN_INLINE F exchange(F x) {
   if constexpr (h == 2) return {_mm256_permute_ps(x.a, 0x4e), _mm256_permute_ps(x.b, 0x4e)};
   if constexpr (h == 4) return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
   if constexpr (h == 8) return {x.b, x.a};
+}
+// lanes whose bit h is set from y, the others from x
+template <int h>
+KVARN_INLINE F blend(F x, F y) {
+  if constexpr (h == 8) return {x.a, y.b};
+  constexpr int lanes = h == 1 ? 0xaa : h == 2 ? 0xcc : 0xf0;
+  if constexpr (h != 8) return {_mm256_blend_ps(x.a, y.a, lanes), _mm256_blend_ps(x.b, y.b, lanes)};
 }
 // -x in the lanes whose bit h is set
 template <int h>

@@ -18,6 +18,7 @@ namespace kvarn::KVARN_CPU {
 
 // Of the integer product: 2 x 4 x 2 limbs = 16 of 32 registers accumulate.
 inline constexpr int kRowBlocks = 2, kColumnBlock = 4;
+inline constexpr int kRawVectors = 4;  // of the raw tile's values: 4 x 4 columns
 
 using F = __m512;     // 16 floats; + - * / are the compiler's
 using I = __m512i;    // 16 int32, or 64 bytes
@@ -70,9 +71,12 @@ KVARN_INLINE F load_u8(const uint8_t* p) {
 }
 
 // acc + sum of 4 products of unsigned bytes (codes) and signed bytes (one quad for all lanes). kWide: codes above 15.
+// Written as assembly because gcc 12 copies the accumulator around the intrinsic, half of the loop's instructions.
 template <bool kWide>
 KVARN_INLINE I dot(I acc, I codes, int32_t quad) {
-  return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(quad));
+  const I all = _mm512_set1_epi32(quad);
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(all));
+  return acc;
 }
 
 // x[lane XOR h]
@@ -82,6 +86,12 @@ KVARN_INLINE F exchange(F x) {
   if constexpr (h == 2) return _mm512_permute_ps(x, 0x4e);
   if constexpr (h == 4) return _mm512_shuffle_f32x4(x, x, 0xb1);
   if constexpr (h == 8) return _mm512_shuffle_f32x4(x, x, 0x4e);
+}
+// lanes whose bit h is set from b, the others from a
+template <int h>
+KVARN_INLINE F blend(F a, F b) {
+  constexpr M lanes = h == 1 ? 0xaaaa : h == 2 ? 0xcccc : h == 4 ? 0xf0f0 : 0xff00;
+  return _mm512_mask_blend_ps(lanes, a, b);
 }
 // -x in the lanes whose bit h is set
 template <int h>

@@ -11,6 +11,19 @@ KVARN_INLINE float sum_lanes(F x) {
   x = x + exchange<2>(x);
   return first(x + exchange<1>(x));
 }
+// sum_lanes of 16 vectors at once, the sum of x[i] in lane i: the same additions, each for 16 vectors.
+template <int h>
+KVARN_INLINE F sum_pair(F a, F b) {
+  return blend<h>(a, exchange<h>(b)) + blend<h>(exchange<h>(a), b);
+}
+KVARN_INLINE F sum_each(const F* x) {
+  F y[8];
+  KVARN_UNROLL
+  for (int i = 0; i < 8; ++i) y[i] = sum_pair<8>(x[i], x[i + 8]);
+  KVARN_UNROLL
+  for (int i = 0; i < 4; ++i) y[i] = sum_pair<4>(y[i], y[i + 4]);
+  return sum_pair<1>(sum_pair<2>(y[0], y[2]), sum_pair<2>(y[1], y[3]));
+}
 KVARN_INLINE float max_lanes(F x) {
   x = max(x, exchange<8>(x));
   x = max(x, exchange<4>(x));
