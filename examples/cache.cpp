@@ -37,7 +37,8 @@ int main() {
   std::vector<int32_t> table(static_cast<size_t>(2 * width));
   for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
   const kvarn::WorkspaceBuffer memory(2 * width * layout.page_bytes);
-  const kvarn_pages pages{static_cast<uint8_t*>(static_cast<kvarn_workspace>(memory).data), 2 * width, layout.page_bytes};
+  const kvarn_pages pages{static_cast<uint8_t*>(static_cast<kvarn_workspace>(memory).data), 2 * width,
+                          layout.page_bytes};
   const kvarn_batch batch{2, width, width, table.data(), lengths.data(), starts.data()};
 
   std::mt19937 generator(1);
@@ -54,8 +55,12 @@ int main() {
   const kvarn_executor executor = kvarn::executor(threads);
   const kvarn_options options{&executor, nullptr};
   const kvarn::WorkspaceBuffer workspace(layout.workspace_bytes(tokens, 2, query_heads, 300, threads.threads()));
-  const auto rows = [&](const std::vector<float>& x, int heads) { return kvarn::rows(x.data(), KVARN_FLOAT32, tokens, heads, head_dim); };
-  if (kvarn::Status s = kvarn::append(layout, pages, batch, rows(k, kv_heads), rows(v, kv_heads), workspace, KVARN_WEIGHTED, &options); !s)
+  const auto rows = [&](const std::vector<float>& x, int heads) {
+    return kvarn::rows(x.data(), KVARN_FLOAT32, tokens, heads, head_dim);
+  };
+  if (kvarn::Status s = kvarn::append(layout, pages, batch, rows(k, kv_heads), rows(v, kv_heads), workspace,
+                                      KVARN_WEIGHTED, &options);
+      !s)
     return std::fprintf(stderr, "%s\n", s.message().c_str()), 1;
   if (kvarn::Status s = kvarn::attend(layout, pages, batch, rows(q, query_heads),
                                       kvarn::rows_out(out.data(), KVARN_FLOAT32, tokens, query_heads, head_dim),

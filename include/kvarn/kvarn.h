@@ -57,15 +57,15 @@ typedef enum kvarn_encoder {
 /* Everything that follows from (preset, head_dim, kv_heads). Filled by kvarn_layout_init; treat it as read-only. */
 typedef struct kvarn_layout {
   int32_t format_version;
-  int32_t k_bits, v_bits;           /* 8, 4, 3 or 2 */
-  int32_t page_tokens;              /* G: tokens of a tile and of a page, 128 or 64 */
+  int32_t k_bits, v_bits; /* 8, 4, 3 or 2 */
+  int32_t page_tokens;    /* G: tokens of a tile and of a page, 128 or 64 */
   int32_t head_dim, kv_heads;
   int32_t raw_tokens_per_page;      /* n: raw tokens that fit one page; the most drafts a step may carry */
   int32_t pages_ahead;              /* m: pages a running request holds beyond ceil(tokens / G) */
   int64_t record_bytes, page_bytes; /* of one (tile, KV head); of one page = kv_heads records */
   /* Byte offsets inside a record. f16 vectors in natural order; the code matrices in fragment order (section 4). */
-  int64_t k_codes, k_scale, k_zero, k_token;     /* s_k[D], z_k[D], t_k[G] */
-  int64_t v_codes, v_channel, v_scale, v_zero;   /* c_v[D], s_v[G], z_v[G] */
+  int64_t k_codes, k_scale, k_zero, k_token;   /* s_k[D], z_k[D], t_k[G] */
+  int64_t v_codes, v_channel, v_scale, v_zero; /* c_v[D], s_v[G], z_v[G] */
 } kvarn_layout;
 
 /* uint8 [count][page_bytes], pages `stride` bytes apart (>= page_bytes); data and stride 16-byte aligned. */
@@ -80,9 +80,10 @@ typedef struct kvarn_pages {
  * request r. A request with seq_len 0 takes no part: append writes nothing for it, attend gives zeros. */
 typedef struct kvarn_batch {
   int32_t requests;
-  int32_t table_width;         /* entries per row */
-  int64_t table_stride;        /* int32 elements from row to row, >= table_width */
-  const int32_t* block_table;  /* [requests][table_width] page indices in 0 .. count-1; entries never used may be anything */
+  int32_t table_width;  /* entries per row */
+  int64_t table_stride; /* int32 elements from row to row, >= table_width */
+  const int32_t*
+      block_table; /* [requests][table_width] page indices in 0 .. count-1; entries never used may be anything */
   const int32_t* seq_lens;     /* [requests] */
   const int32_t* query_starts; /* [requests + 1], non-decreasing from 0; kvarn_expand ignores it (may be NULL) */
 } kvarn_batch;
@@ -114,7 +115,7 @@ typedef struct kvarn_executor {
 /* How to run; a null pointer in place of it means all defaults. */
 typedef struct kvarn_options {
   const kvarn_executor* executor; /* NULL: the calling thread alone */
-  const char* target;             /* NULL: environment KVARN_TARGET, else the best this CPU has; or a name of kvarn_targets */
+  const char* target; /* NULL: environment KVARN_TARGET, else the best this CPU has; or a name of kvarn_targets */
 } kvarn_options;
 
 /* Scratch memory of the caller, 64-byte aligned. One buffer serves append and attend of every layer, one step at a
@@ -174,7 +175,8 @@ kvarn_status kvarn_expand(const kvarn_layout* layout, const kvarn_pages* pages, 
                           const kvarn_rows_out* k, const kvarn_rows_out* v, const kvarn_workspace* workspace,
                           const kvarn_options* options);
 
-/* The orthonormal Hadamard rotation of the last axis (section 2), its own inverse. in and out may be the same memory. */
+/* The orthonormal Hadamard rotation of the last axis (section 2), its own inverse. in and out may be the same memory.
+ */
 kvarn_status kvarn_rotate(int32_t head_dim, const kvarn_rows* in, const kvarn_rows_out* out,
                           const kvarn_options* options);
 

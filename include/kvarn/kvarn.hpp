@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// kvarn in C++20: a thin skin over kvarn.h. The same rules hold: the caller owns all memory and threads, nothing throws, a
-// failed call changed nothing.
+// kvarn in C++20: a thin skin over kvarn.h. The same rules hold: the caller owns all memory and threads, nothing
+// throws, a failed call changed nothing.
 //
 //   kvarn::Layout layout;
 //   if (kvarn::Status s = kvarn::Layout::make("kvarn_k4v2_g128", 128, 8, layout); !s) return report(s.message());
@@ -42,9 +42,11 @@ struct Layout : kvarn_layout {
     return Status(kvarn_layout_init(std::string(preset).c_str(), head_dim, kv_heads, &out));
   }
   // 0 for arguments out of range.
-  int64_t workspace_bytes(int64_t tokens, int64_t requests, int64_t query_heads, int64_t max_seq_len, int32_t threads = 1) const {
+  int64_t workspace_bytes(int64_t tokens, int64_t requests, int64_t query_heads, int64_t max_seq_len,
+                          int32_t threads = 1) const {
     int64_t bytes = 0;
-    return kvarn_workspace_bytes(this, tokens, requests, query_heads, max_seq_len, threads, &bytes) == KVARN_OK ? bytes : 0;
+    return kvarn_workspace_bytes(this, tokens, requests, query_heads, max_seq_len, threads, &bytes) == KVARN_OK ? bytes
+                                                                                                                : 0;
   }
   // Block-table entries that a running request of `tokens` tokens needs.
   int64_t pages_of(int64_t tokens) const { return (tokens + page_tokens - 1) / page_tokens + pages_ahead; }
@@ -73,13 +75,14 @@ class WorkspaceBuffer {
   std::unique_ptr<void, Free> data_;
 };
 
-// Makes an executor of a pool: anything with `threads()` and `run(tasks, body)`, which calls body(index, thread) for every
-// index as kvarn_executor demands. The pool must outlive the executor.
+// Makes an executor of a pool: anything with `threads()` and `run(tasks, body)`, which calls body(index, thread) for
+// every index as kvarn_executor demands. The pool must outlive the executor.
 template <class Pool>
 kvarn_executor executor(Pool& pool) {
-  return {&pool, static_cast<int32_t>(pool.threads()), [](void* context, int64_t tasks, kvarn_task task, void* argument) {
-            static_cast<Pool*>(context)->run(tasks, [=](int64_t index, int32_t thread) { task(argument, index, thread); });
-          }};
+  return {
+      &pool, static_cast<int32_t>(pool.threads()), [](void* context, int64_t tasks, kvarn_task task, void* argument) {
+        static_cast<Pool*>(context)->run(tasks, [=](int64_t index, int32_t thread) { task(argument, index, thread); });
+      }};
 }
 
 struct Scores {
@@ -87,23 +90,26 @@ struct Scores {
   float soft_cap = 0.0f;  // 0: off
 };
 
-inline Status append(const Layout& layout, const kvarn_pages& pages, const kvarn_batch& batch, const kvarn_rows& k, const kvarn_rows& v,
-                     const kvarn_workspace& workspace, kvarn_encoder encoder = KVARN_WEIGHTED, const kvarn_options* options = nullptr,
-                     int64_t* replaced = nullptr) {
+inline Status append(const Layout& layout, const kvarn_pages& pages, const kvarn_batch& batch, const kvarn_rows& k,
+                     const kvarn_rows& v, const kvarn_workspace& workspace, kvarn_encoder encoder = KVARN_WEIGHTED,
+                     const kvarn_options* options = nullptr, int64_t* replaced = nullptr) {
   return Status(kvarn_append(&layout, &pages, &batch, &k, &v, encoder, &workspace, options, replaced));
 }
 
 inline Status attend(const Layout& layout, const kvarn_pages& pages, const kvarn_batch& batch, const kvarn_rows& q,
-                     const kvarn_rows_out& out, Scores scores, const kvarn_workspace& workspace, const kvarn_options* options = nullptr) {
+                     const kvarn_rows_out& out, Scores scores, const kvarn_workspace& workspace,
+                     const kvarn_options* options = nullptr) {
   return Status(kvarn_attend(&layout, &pages, &batch, &q, &out, scores.scale, scores.soft_cap, &workspace, options));
 }
 
 inline Status expand(const Layout& layout, const kvarn_pages& pages, const kvarn_batch& batch, const kvarn_rows_out& k,
-                     const kvarn_rows_out& v, const kvarn_workspace& workspace, const kvarn_options* options = nullptr) {
+                     const kvarn_rows_out& v, const kvarn_workspace& workspace,
+                     const kvarn_options* options = nullptr) {
   return Status(kvarn_expand(&layout, &pages, &batch, &k, &v, &workspace, options));
 }
 
-inline Status rotate(int32_t head_dim, const kvarn_rows& in, const kvarn_rows_out& out, const kvarn_options* options = nullptr) {
+inline Status rotate(int32_t head_dim, const kvarn_rows& in, const kvarn_rows_out& out,
+                     const kvarn_options* options = nullptr) {
   return Status(kvarn_rotate(head_dim, &in, &out, options));
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// kvarn._core: the C ABI for numpy and torch arrays, through DLPack and without copies. Threads are OpenMP's, so they are
-// shared with torch. Defaults, docstrings and output allocation live in python/kvarn/__init__.py.
+// kvarn._core: the C ABI for numpy and torch arrays, through DLPack and without copies. Threads are OpenMP's, so they
+// are shared with torch. Defaults, docstrings and output allocation live in python/kvarn/__init__.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -32,9 +32,12 @@ kvarn_executor openmp() { return {nullptr, omp_get_max_threads(), run_openmp}; }
   const char* detail = kvarn_last_error();
   const std::string message = *detail ? detail : kvarn_status_message(status);
   switch (status) {
-    case KVARN_BAD_PAGE_INDEX: throw nb::index_error(message.c_str());
-    case KVARN_BAD_DTYPE: throw nb::type_error(message.c_str());
-    default: throw nb::value_error(message.c_str());
+    case KVARN_BAD_PAGE_INDEX:
+      throw nb::index_error(message.c_str());
+    case KVARN_BAD_DTYPE:
+      throw nb::type_error(message.c_str());
+    default:
+      throw nb::value_error(message.c_str());
   }
 }
 
@@ -59,15 +62,19 @@ std::string shape_of(const AnyArray& array) {
 template <class AnyArray>
 void want_dimensions(const char* name, const AnyArray& array, size_t dimensions) {
   if (array.ndim() != dimensions)
-    throw nb::value_error(concatenate(name, " has shape ", shape_of(array), "; it must have ", std::to_string(dimensions), " axes").c_str());
+    throw nb::value_error(
+        concatenate(name, " has shape ", shape_of(array), "; it must have ", std::to_string(dimensions), " axes")
+            .c_str());
 }
 
 template <class AnyArray>
 kvarn_dtype float_dtype(const char* name, const AnyArray& array) {
   const nb::dlpack::dtype dtype = array.dtype();
   if (dtype == nb::dtype<float>()) return KVARN_FLOAT32;
-  if (dtype.lanes == 1 && dtype.bits == 16 && dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float)) return KVARN_FLOAT16;
-  if (dtype.lanes == 1 && dtype.bits == 16 && dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat)) return KVARN_BFLOAT16;
+  if (dtype.lanes == 1 && dtype.bits == 16 && dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float))
+    return KVARN_FLOAT16;
+  if (dtype.lanes == 1 && dtype.bits == 16 && dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat))
+    return KVARN_BFLOAT16;
   throw nb::type_error(concatenate(name, " must be float32, float16 or bfloat16").c_str());
 }
 
@@ -75,10 +82,18 @@ template <class Rows, class AnyArray>
 Rows rows_of(const char* name, const AnyArray& array, int32_t head_dim) {
   want_dimensions(name, array, 3);
   if (array.shape(2) != static_cast<size_t>(head_dim))
-    throw nb::value_error(concatenate(name, " has shape ", shape_of(array), "; its last axis must be head_dim = ", std::to_string(head_dim)).c_str());
+    throw nb::value_error(concatenate(name, " has shape ", shape_of(array),
+                                      "; its last axis must be head_dim = ", std::to_string(head_dim))
+                              .c_str());
   if (array.size() > 0 && array.stride(2) != 1)
-    throw nb::value_error(concatenate(name, " must be contiguous along its last axis; call .contiguous() or np.ascontiguousarray").c_str());
-  return {array.data(), float_dtype(name, array), static_cast<int64_t>(array.shape(0)), static_cast<int64_t>(array.shape(1)), array.stride(0),
+    throw nb::value_error(
+        concatenate(name, " must be contiguous along its last axis; call .contiguous() or np.ascontiguousarray")
+            .c_str());
+  return {array.data(),
+          float_dtype(name, array),
+          static_cast<int64_t>(array.shape(0)),
+          static_cast<int64_t>(array.shape(1)),
+          array.stride(0),
           array.stride(1)};
 }
 
@@ -86,7 +101,9 @@ kvarn_pages pages_of(const Array& pages, const kvarn_layout& layout) {
   want_dimensions("pages", pages, 2);
   if (pages.dtype() != nb::dtype<uint8_t>()) throw nb::type_error("pages must be uint8");
   if (static_cast<int64_t>(pages.shape(1)) != layout.page_bytes)
-    throw nb::value_error(concatenate("pages has shape ", shape_of(pages), "; a page of this layout has ", std::to_string(layout.page_bytes), " bytes").c_str());
+    throw nb::value_error(concatenate("pages has shape ", shape_of(pages), "; a page of this layout has ",
+                                      std::to_string(layout.page_bytes), " bytes")
+                              .c_str());
   if (pages.size() > 0 && pages.stride(1) != 1) throw nb::value_error("the bytes of a page must be contiguous");
   return {static_cast<uint8_t*>(pages.data()), static_cast<int64_t>(pages.shape(0)), pages.stride(0)};
 }
@@ -95,7 +112,9 @@ const int32_t* int32_vector(const char* name, const ReadOnly& array, size_t leng
   want_dimensions(name, array, 1);
   if (array.dtype() != nb::dtype<int32_t>()) throw nb::type_error(concatenate(name, " must be int32").c_str());
   if (array.shape(0) != length)
-    throw nb::value_error(concatenate(name, " has ", std::to_string(array.shape(0)), " elements; it must have ", std::to_string(length)).c_str());
+    throw nb::value_error(
+        concatenate(name, " has ", std::to_string(array.shape(0)), " elements; it must have ", std::to_string(length))
+            .c_str());
   if (length > 1 && array.stride(0) != 1) throw nb::value_error(concatenate(name, " must be contiguous").c_str());
   return static_cast<const int32_t*>(array.data());
 }
@@ -133,21 +152,23 @@ kvarn_layout make_layout(const std::string& preset, int32_t head_dim, int32_t kv
   return layout;
 }
 
-int64_t workspace_bytes(const kvarn_layout& layout, int64_t tokens, int64_t requests, int64_t query_heads, int64_t max_seq_len,
-                        std::optional<int32_t> threads) {
+int64_t workspace_bytes(const kvarn_layout& layout, int64_t tokens, int64_t requests, int64_t query_heads,
+                        int64_t max_seq_len, std::optional<int32_t> threads) {
   int64_t bytes;
-  check(kvarn_workspace_bytes(&layout, tokens, requests, query_heads, max_seq_len, threads.value_or(omp_get_max_threads()), &bytes));
+  check(kvarn_workspace_bytes(&layout, tokens, requests, query_heads, max_seq_len,
+                              threads.value_or(omp_get_max_threads()), &bytes));
   return bytes;
 }
 
 int64_t append(const kvarn_layout& layout, const Array& pages, const ReadOnly& block_table, const ReadOnly& seq_lens,
-               const ReadOnly& query_starts, const ReadOnly& k, const ReadOnly& v, const Array& workspace, const std::string& encoder,
-               const std::optional<std::string>& target) {
+               const ReadOnly& query_starts, const ReadOnly& k, const ReadOnly& v, const Array& workspace,
+               const std::string& encoder, const std::optional<std::string>& target) {
   if (encoder != "weighted" && encoder != "varnorm")
     throw nb::value_error(concatenate("encoder \"", encoder, "\" is unknown; allowed: weighted, varnorm").c_str());
   const kvarn_pages pool = pages_of(pages, layout);
   const kvarn_batch batch = batch_of(block_table, seq_lens, &query_starts);
-  const auto k_rows = rows_of<kvarn_rows>("k", k, layout.head_dim), v_rows = rows_of<kvarn_rows>("v", v, layout.head_dim);
+  const auto k_rows = rows_of<kvarn_rows>("k", k, layout.head_dim),
+             v_rows = rows_of<kvarn_rows>("v", v, layout.head_dim);
   const kvarn_workspace space = workspace_of(workspace);
   const Options options(target);
   const kvarn_encoder code = encoder == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED;
@@ -162,8 +183,8 @@ int64_t append(const kvarn_layout& layout, const Array& pages, const ReadOnly& b
 }
 
 void attend(const kvarn_layout& layout, const Array& pages, const ReadOnly& block_table, const ReadOnly& seq_lens,
-            const ReadOnly& query_starts, const ReadOnly& q, const Array& out, float scale, float soft_cap, const Array& workspace,
-            const std::optional<std::string>& target) {
+            const ReadOnly& query_starts, const ReadOnly& q, const Array& out, float scale, float soft_cap,
+            const Array& workspace, const std::optional<std::string>& target) {
   const kvarn_pages pool = pages_of(pages, layout);
   const kvarn_batch batch = batch_of(block_table, seq_lens, &query_starts);
   const auto rows = rows_of<kvarn_rows>("q", q, layout.head_dim);
@@ -178,11 +199,12 @@ void attend(const kvarn_layout& layout, const Array& pages, const ReadOnly& bloc
   check(status);
 }
 
-void expand(const kvarn_layout& layout, const Array& pages, const ReadOnly& block_table, const ReadOnly& seq_lens, const Array& k,
-            const Array& v, const Array& workspace, const std::optional<std::string>& target) {
+void expand(const kvarn_layout& layout, const Array& pages, const ReadOnly& block_table, const ReadOnly& seq_lens,
+            const Array& k, const Array& v, const Array& workspace, const std::optional<std::string>& target) {
   const kvarn_pages pool = pages_of(pages, layout);
   const kvarn_batch batch = batch_of(block_table, seq_lens, nullptr);
-  const auto k_rows = rows_of<kvarn_rows_out>("k", k, layout.head_dim), v_rows = rows_of<kvarn_rows_out>("v", v, layout.head_dim);
+  const auto k_rows = rows_of<kvarn_rows_out>("k", k, layout.head_dim),
+             v_rows = rows_of<kvarn_rows_out>("v", v, layout.head_dim);
   const kvarn_workspace space = workspace_of(workspace);
   const Options options(target);
   kvarn_status status;
@@ -242,12 +264,14 @@ NB_MODULE(_core, m) {
       });
   using namespace nb::literals;
   m.def("layout", make_layout, "preset"_a, "head_dim"_a, "kv_heads"_a);
-  m.def("workspace_bytes", workspace_bytes, "layout"_a, "tokens"_a, "requests"_a, "query_heads"_a, "max_seq_len"_a, "threads"_a.none());
-  m.def("append", append, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "query_starts"_a, "k"_a, "v"_a, "workspace"_a, "encoder"_a,
+  m.def("workspace_bytes", workspace_bytes, "layout"_a, "tokens"_a, "requests"_a, "query_heads"_a, "max_seq_len"_a,
+        "threads"_a.none());
+  m.def("append", append, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "query_starts"_a, "k"_a, "v"_a,
+        "workspace"_a, "encoder"_a, "target"_a.none());
+  m.def("attend", attend, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "query_starts"_a, "q"_a, "out"_a,
+        "scale"_a, "soft_cap"_a, "workspace"_a, "target"_a.none());
+  m.def("expand", expand, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "k"_a, "v"_a, "workspace"_a,
         "target"_a.none());
-  m.def("attend", attend, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "query_starts"_a, "q"_a, "out"_a, "scale"_a, "soft_cap"_a,
-        "workspace"_a, "target"_a.none());
-  m.def("expand", expand, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "k"_a, "v"_a, "workspace"_a, "target"_a.none());
   m.def("rotate", rotate, "x"_a, "out"_a, "target"_a.none());
   m.def("presets", [] { return names(kvarn_presets()); });
   m.def("targets", [] { return names(kvarn_targets()); });

@@ -19,21 +19,25 @@ kvarn_status check_layout(const kvarn_layout* layout) {
   const format::Preset preset{layout->k_bits, layout->v_bits, layout->page_tokens};
   const bool known = format::contains(format::kBits, preset.k_bits) && format::contains(format::kBits, preset.v_bits) &&
                      format::contains(format::kPageTokens, preset.page_tokens) &&
-                     format::contains(format::kHeadDims, layout->head_dim) && layout->kv_heads >= 1 && layout->kv_heads <= 1024;
-  const kvarn_layout expected = known ? format::make_layout(preset, layout->head_dim, layout->kv_heads) : kvarn_layout{};
+                     format::contains(format::kHeadDims, layout->head_dim) && layout->kv_heads >= 1 &&
+                     layout->kv_heads <= 1024;
+  const kvarn_layout expected =
+      known ? format::make_layout(preset, layout->head_dim, layout->kv_heads) : kvarn_layout{};
   if (!known || std::memcmp(layout, &expected, sizeof expected) != 0)
-    return fail(KVARN_BAD_LAYOUT, "the layout (format version %d, this library has %d) was not made by kvarn_layout_init",
+    return fail(KVARN_BAD_LAYOUT,
+                "the layout (format version %d, this library has %d) was not made by kvarn_layout_init",
                 layout->format_version, KVARN_FORMAT_VERSION);
   return KVARN_OK;
 }
 
 kvarn_status check_pages(const kvarn_layout& layout, const kvarn_pages* pages) {
-  if (pages == nullptr || (pages->data == nullptr && pages->count != 0)) return fail(KVARN_NULL_POINTER, "pages is null");
+  if (pages == nullptr || (pages->data == nullptr && pages->count != 0))
+    return fail(KVARN_NULL_POINTER, "pages is null");
   if (pages->count < 0 || pages->count > INT32_MAX)
     return fail(KVARN_BAD_SHAPE, "pages has %lld pages; allowed: 0 to 2^31-1", wide(pages->count));
   if (!aligned(pages->data, 16) || pages->stride % 16 != 0)
-    return fail(KVARN_MISALIGNED, "pages at %p with a stride of %lld bytes; both must be multiples of 16", static_cast<void*>(pages->data),
-                wide(pages->stride));
+    return fail(KVARN_MISALIGNED, "pages at %p with a stride of %lld bytes; both must be multiples of 16",
+                static_cast<void*>(pages->data), wide(pages->stride));
   if (pages->count > 1 && pages->stride < layout.page_bytes)
     return fail(KVARN_BAD_STRIDE, "pages lie %lld bytes apart; a page of this layout has %lld", wide(pages->stride),
                 wide(layout.page_bytes));
@@ -43,9 +47,11 @@ kvarn_status check_pages(const kvarn_layout& layout, const kvarn_pages* pages) {
 kvarn_status check_batch(const kvarn_layout& layout, const kvarn_batch* batch, bool with_queries) {
   if (batch == nullptr) return fail(KVARN_NULL_POINTER, "batch is null");
   if (batch->requests < 0 || batch->table_width < 0)
-    return fail(KVARN_BAD_SHAPE, "%d requests and a block table of width %d; neither may be negative", batch->requests, batch->table_width);
+    return fail(KVARN_BAD_SHAPE, "%d requests and a block table of width %d; neither may be negative", batch->requests,
+                batch->table_width);
   if (batch->requests > 1 && batch->table_stride < batch->table_width)
-    return fail(KVARN_BAD_STRIDE, "block table rows lie %lld entries apart and are %d wide", wide(batch->table_stride), batch->table_width);
+    return fail(KVARN_BAD_STRIDE, "block table rows lie %lld entries apart and are %d wide", wide(batch->table_stride),
+                batch->table_width);
   if (batch->requests > 0 && (batch->seq_lens == nullptr || (batch->block_table == nullptr && batch->table_width > 0)))
     return fail(KVARN_NULL_POINTER, "block_table or seq_lens is null");
   if (with_queries && batch->query_starts == nullptr) return fail(KVARN_NULL_POINTER, "query_starts is null");
@@ -58,43 +64,55 @@ kvarn_status check_batch(const kvarn_layout& layout, const kvarn_batch* batch, b
     if (with_queries) {
       const int64_t queries = int64_t{batch->query_starts[r + 1]} - batch->query_starts[r];
       if (queries < 0)
-        return fail(KVARN_BAD_LENGTH, "query_starts falls from %d to %d at request %d", batch->query_starts[r], batch->query_starts[r + 1], r);
+        return fail(KVARN_BAD_LENGTH, "query_starts falls from %d to %d at request %d", batch->query_starts[r],
+                    batch->query_starts[r + 1], r);
       if (length > 0 && queries > length)
-        return fail(KVARN_BAD_LENGTH, "request %d has %lld new tokens but seq_lens says %lld in all; seq_lens count this step's tokens", r,
-                    wide(queries), wide(length));
+        return fail(KVARN_BAD_LENGTH,
+                    "request %d has %lld new tokens but seq_lens says %lld in all; seq_lens count this step's tokens",
+                    r, wide(queries), wide(length));
     }
-    const int64_t need = length == 0 ? 0 : with_queries ? format::pages_of(layout, length) : length / layout.page_tokens;
+    const int64_t need = length == 0    ? 0
+                         : with_queries ? format::pages_of(layout, length)
+                                        : length / layout.page_tokens;
     if (need > batch->table_width)
-      return fail(KVARN_BAD_SHAPE, "request %d of %lld tokens needs %lld block table entries (%d pages ahead included); the table has %d", r,
-                  wide(length), wide(need), with_queries ? layout.pages_ahead : 0, batch->table_width);
+      return fail(
+          KVARN_BAD_SHAPE,
+          "request %d of %lld tokens needs %lld block table entries (%d pages ahead included); the table has %d", r,
+          wide(length), wide(need), with_queries ? layout.pages_ahead : 0, batch->table_width);
   }
   return KVARN_OK;
 }
 
 kvarn_status bad_entry(const kvarn_pages& pages, int32_t request, int64_t index, int32_t value) {
-  return fail(KVARN_BAD_PAGE_INDEX, "block_table[%d][%lld] is %d; the pool has pages 0 to %lld", request, wide(index), value,
-              wide(pages.count - 1));
+  return fail(KVARN_BAD_PAGE_INDEX, "block_table[%d][%lld] is %d; the pool has pages 0 to %lld", request, wide(index),
+              value, wide(pages.count - 1));
 }
 
-kvarn_status check_rows(const char* what, const void* data, kvarn_dtype dtype, int64_t tokens, int64_t heads, int64_t token_stride,
-                        int64_t head_stride, int64_t want_tokens, int64_t want_heads, int32_t head_dim) {
+kvarn_status check_rows(const char* what, const void* data, kvarn_dtype dtype, int64_t tokens, int64_t heads,
+                        int64_t token_stride, int64_t head_stride, int64_t want_tokens, int64_t want_heads,
+                        int32_t head_dim) {
   if (dtype != KVARN_FLOAT32 && dtype != KVARN_FLOAT16 && dtype != KVARN_BFLOAT16)
-    return fail(KVARN_BAD_DTYPE, "%s has dtype code %d; allowed: float32, float16, bfloat16", what, static_cast<int>(dtype));
+    return fail(KVARN_BAD_DTYPE, "%s has dtype code %d; allowed: float32, float16, bfloat16", what,
+                static_cast<int>(dtype));
   if (data == nullptr && want_tokens > 0) return fail(KVARN_NULL_POINTER, "%s is null", what);
   if (tokens != want_tokens || (want_heads >= 0 && heads != want_heads))
-    return fail(KVARN_BAD_SHAPE, "%s is [%lld, %lld, %d]; this step needs [%lld, %lld, %d]", what, wide(tokens), wide(heads), head_dim,
-                wide(want_tokens), wide(want_heads >= 0 ? want_heads : heads), head_dim);
-  if (!aligned(data, dtype == KVARN_FLOAT32 ? 4 : 2)) return fail(KVARN_MISALIGNED, "%s is not aligned to its elements", what);
+    return fail(KVARN_BAD_SHAPE, "%s is [%lld, %lld, %d]; this step needs [%lld, %lld, %d]", what, wide(tokens),
+                wide(heads), head_dim, wide(want_tokens), wide(want_heads >= 0 ? want_heads : heads), head_dim);
+  if (!aligned(data, dtype == KVARN_FLOAT32 ? 4 : 2))
+    return fail(KVARN_MISALIGNED, "%s is not aligned to its elements", what);
   constexpr int64_t kMost = int64_t{1} << 40;
   if (token_stride < -kMost || token_stride > kMost || head_stride < -kMost || head_stride > kMost)
-    return fail(KVARN_BAD_STRIDE, "%s has strides %lld, %lld; allowed: up to 2^40 elements", what, wide(token_stride), wide(head_stride));
+    return fail(KVARN_BAD_STRIDE, "%s has strides %lld, %lld; allowed: up to 2^40 elements", what, wide(token_stride),
+                wide(head_stride));
   return KVARN_OK;
 }
 
 kvarn_status check_workspace(const kvarn_workspace* workspace, int64_t bytes) {
   if (workspace == nullptr || workspace->data == nullptr)
-    return fail(KVARN_NULL_POINTER, "workspace is null; this step needs %lld bytes (kvarn_workspace_bytes)", wide(bytes));
-  if (!aligned(workspace->data, 64)) return fail(KVARN_MISALIGNED, "workspace at %p is not 64-byte aligned", workspace->data);
+    return fail(KVARN_NULL_POINTER, "workspace is null; this step needs %lld bytes (kvarn_workspace_bytes)",
+                wide(bytes));
+  if (!aligned(workspace->data, 64))
+    return fail(KVARN_MISALIGNED, "workspace at %p is not 64-byte aligned", workspace->data);
   if (workspace->bytes < bytes)
     return fail(KVARN_WORKSPACE_TOO_SMALL, "the workspace has %lld bytes; this step needs %lld (kvarn_workspace_bytes)",
                 wide(workspace->bytes), wide(bytes));

@@ -6,10 +6,10 @@
 
 namespace kvarn {
 
-#define KVARN_TRY(expression)                                    \
-  do {                                                           \
-    const kvarn_status kvarn_try_status = (expression);          \
-    if (kvarn_try_status != KVARN_OK) return kvarn_try_status;   \
+#define KVARN_TRY(expression)                                  \
+  do {                                                         \
+    const kvarn_status kvarn_try_status = (expression);        \
+    if (kvarn_try_status != KVARN_OK) return kvarn_try_status; \
   } while (false)
 
 kvarn_status check_layout(const kvarn_layout* layout);
@@ -22,13 +22,14 @@ kvarn_status check_entries(const kvarn_pages& pages, const kvarn_batch& batch, F
 kvarn_status bad_entry(const kvarn_pages& pages, int32_t request, int64_t index, int32_t value);
 
 // data, dtype, strides and the shape [tokens][heads][head_dim]; heads -1: any.
-kvarn_status check_rows(const char* what, const void* data, kvarn_dtype dtype, int64_t tokens, int64_t heads, int64_t token_stride,
-                        int64_t head_stride, int64_t want_tokens, int64_t want_heads, int32_t head_dim);
+kvarn_status check_rows(const char* what, const void* data, kvarn_dtype dtype, int64_t tokens, int64_t heads,
+                        int64_t token_stride, int64_t head_stride, int64_t want_tokens, int64_t want_heads,
+                        int32_t head_dim);
 template <class Rows>
 kvarn_status check_rows(const char* what, const Rows* rows, int64_t tokens, int64_t heads, int32_t head_dim) {
   if (rows == nullptr) return check_rows(what, nullptr, KVARN_FLOAT32, 0, 0, 0, 0, 1, 1, head_dim);
-  return check_rows(what, rows->data, rows->dtype, rows->tokens, rows->heads, rows->token_stride, rows->head_stride, tokens, heads,
-                    head_dim);
+  return check_rows(what, rows->data, rows->dtype, rows->tokens, rows->heads, rows->token_stride, rows->head_stride,
+                    tokens, heads, head_dim);
 }
 kvarn_status check_workspace(const kvarn_workspace* workspace, int64_t bytes);
 

@@ -16,7 +16,9 @@ using namespace kvarn;
 
 namespace {
 
-const kvarn_executor* executor_of(const kvarn_options* options) { return options == nullptr ? nullptr : options->executor; }
+const kvarn_executor* executor_of(const kvarn_options* options) {
+  return options == nullptr ? nullptr : options->executor;
+}
 const char* target_of(const kvarn_options* options) { return options == nullptr ? nullptr : options->target; }
 
 kvarn_status check_executor(const kvarn_executor* executor) {
@@ -28,8 +30,8 @@ kvarn_status check_executor(const kvarn_executor* executor) {
 }
 
 // Everything that append and attend have in common.
-kvarn_status check_step(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch, const kvarn_options* options,
-                        const Kernels** kernels) {
+kvarn_status check_step(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch,
+                        const kvarn_options* options, const Kernels** kernels) {
   KVARN_TRY(check_layout(layout));
   KVARN_TRY(check_pages(*layout, pages));
   KVARN_TRY(check_batch(*layout, batch, true));
@@ -40,7 +42,8 @@ kvarn_status check_step(const kvarn_layout* layout, const kvarn_pages* pages, co
 // Does a prompt's row need a raw tile that is not in the pages?
 bool needs_step_rows(const Step& step) {
   for (int32_t r = 0; r < step.batch.requests; ++r)
-    if (step.queries(r) > 0 && !format::raw_in_pages(step.layout, step.tile_of(step.start(r)), step.length(r))) return true;
+    if (step.queries(r) > 0 && !format::raw_in_pages(step.layout, step.tile_of(step.start(r)), step.length(r)))
+      return true;
   return false;
 }
 
@@ -48,12 +51,15 @@ bool needs_step_rows(const Step& step) {
 
 extern "C" const char* const* kvarn_presets(void) { return format::kDocumentedPresets.data(); }
 
-extern "C" kvarn_status kvarn_layout_init(const char* preset, int32_t head_dim, int32_t kv_heads, kvarn_layout* layout) {
+extern "C" kvarn_status kvarn_layout_init(const char* preset, int32_t head_dim, int32_t kv_heads,
+                                          kvarn_layout* layout) {
   if (preset == nullptr || layout == nullptr) return fail(KVARN_NULL_POINTER, "preset or layout is null");
   const auto parsed = format::parse_preset(preset);
   if (!parsed)
-    return fail(KVARN_UNKNOWN_PRESET,
-                "preset \"%.40s\" is unknown; allowed: kvarn_k{8,4,3,2}v{8,4,3,2}_g{128,64}, for example kvarn_k4v2_g128", preset);
+    return fail(
+        KVARN_UNKNOWN_PRESET,
+        "preset \"%.40s\" is unknown; allowed: kvarn_k{8,4,3,2}v{8,4,3,2}_g{128,64}, for example kvarn_k4v2_g128",
+        preset);
   if (!format::contains(format::kHeadDims, head_dim))
     return fail(KVARN_UNSUPPORTED_HEAD_DIM, "head_dim %d is not supported; allowed: 64, 80, 96, 128, 256", head_dim);
   if (kv_heads < 1 || kv_heads > 1024) return fail(KVARN_BAD_SHAPE, "kv_heads is %d; allowed: 1 to 1024", kv_heads);
@@ -61,14 +67,17 @@ extern "C" kvarn_status kvarn_layout_init(const char* preset, int32_t head_dim, 
   return KVARN_OK;
 }
 
-extern "C" kvarn_status kvarn_workspace_bytes(const kvarn_layout* layout, int64_t tokens, int64_t requests, int64_t query_heads,
-                                              int64_t max_seq_len, int32_t threads, int64_t* bytes) {
+extern "C" kvarn_status kvarn_workspace_bytes(const kvarn_layout* layout, int64_t tokens, int64_t requests,
+                                              int64_t query_heads, int64_t max_seq_len, int32_t threads,
+                                              int64_t* bytes) {
   KVARN_TRY(check_layout(layout));
   if (bytes == nullptr) return fail(KVARN_NULL_POINTER, "bytes is null");
   constexpr int64_t kMost = INT32_MAX;
-  if (tokens < 0 || tokens > kMost || requests < 0 || requests > kMost || query_heads < 0 || query_heads > 65536 || max_seq_len < 0 ||
-      max_seq_len > kMost || threads < 1 || threads > 4096)
-    return fail(KVARN_BAD_ARGUMENT, "tokens, requests, max_seq_len must lie in 0 .. 2^31-1, query_heads in 0 .. 65536, threads in 1 .. 4096");
+  if (tokens < 0 || tokens > kMost || requests < 0 || requests > kMost || query_heads < 0 || query_heads > 65536 ||
+      max_seq_len < 0 || max_seq_len > kMost || threads < 1 || threads > 4096)
+    return fail(
+        KVARN_BAD_ARGUMENT,
+        "tokens, requests, max_seq_len must lie in 0 .. 2^31-1, query_heads in 0 .. 65536, threads in 1 .. 4096");
   // Only a chunk of n + 2 tokens or more stages (specification section 8).
   const int64_t staging = std::min(requests, tokens / (layout->raw_tokens_per_page + 2));
   const int64_t raw_rows = tokens + staging * (layout->page_tokens - 1);
@@ -79,13 +88,15 @@ extern "C" kvarn_status kvarn_workspace_bytes(const kvarn_layout* layout, int64_
   return KVARN_OK;
 }
 
-extern "C" kvarn_status kvarn_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch, const kvarn_rows* k,
-                                     const kvarn_rows* v, kvarn_encoder encoder, const kvarn_workspace* workspace,
-                                     const kvarn_options* options, int64_t* replaced) {
+extern "C" kvarn_status kvarn_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch,
+                                     const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder,
+                                     const kvarn_workspace* workspace, const kvarn_options* options,
+                                     int64_t* replaced) {
   const Kernels* kernels;
   KVARN_TRY(check_step(layout, pages, batch, options, &kernels));
   if (encoder != KVARN_WEIGHTED && encoder != KVARN_VARNORM)
-    return fail(KVARN_BAD_ARGUMENT, "encoder code %d is unknown; allowed: KVARN_WEIGHTED, KVARN_VARNORM", static_cast<int>(encoder));
+    return fail(KVARN_BAD_ARGUMENT, "encoder code %d is unknown; allowed: KVARN_WEIGHTED, KVARN_VARNORM",
+                static_cast<int>(encoder));
   const Step step{*layout, *pages, *batch};
   KVARN_TRY(check_rows("k", k, step.tokens(), layout->kv_heads, layout->head_dim));
   KVARN_TRY(check_rows("v", v, step.tokens(), layout->kv_heads, layout->head_dim));
@@ -103,16 +114,17 @@ extern "C" kvarn_status kvarn_append(const kvarn_layout* layout, const kvarn_pag
   return KVARN_OK;
 }
 
-extern "C" kvarn_status kvarn_attend(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch, const kvarn_rows* q,
-                                     const kvarn_rows_out* out, float scale, float soft_cap, const kvarn_workspace* workspace,
-                                     const kvarn_options* options) {
+extern "C" kvarn_status kvarn_attend(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch,
+                                     const kvarn_rows* q, const kvarn_rows_out* out, float scale, float soft_cap,
+                                     const kvarn_workspace* workspace, const kvarn_options* options) {
   const Kernels* kernels;
   KVARN_TRY(check_step(layout, pages, batch, options, &kernels));
   const Step step{*layout, *pages, *batch};
   KVARN_TRY(check_rows("q", q, step.tokens(), -1, layout->head_dim));
   KVARN_TRY(check_rows("out", out, step.tokens(), q->heads, layout->head_dim));
   if (q->heads < layout->kv_heads || q->heads % layout->kv_heads != 0 || q->heads / layout->kv_heads > kMaxColumns)
-    return fail(KVARN_BAD_SHAPE, "%lld query heads over %d KV heads; allowed: a multiple of kv_heads, at most %d times as many",
+    return fail(KVARN_BAD_SHAPE,
+                "%lld query heads over %d KV heads; allowed: a multiple of kv_heads, at most %d times as many",
                 static_cast<long long>(q->heads), layout->kv_heads, kMaxColumns);
   if (!std::isfinite(scale) || !std::isfinite(soft_cap) || soft_cap < 0)
     return fail(KVARN_BAD_ARGUMENT, "scale %g, soft_cap %g; allowed: a finite scale, a soft_cap of 0 (off) or more",
@@ -123,13 +135,14 @@ extern "C" kvarn_status kvarn_attend(const kvarn_layout* layout, const kvarn_pag
 
   const int32_t threads = thread_count(executor_of(options));
   AttendPlan plan = plan_attend(step, q->heads, threads, nullptr);
-  const WorkspaceMap map = WorkspaceMap::make(*layout, step.tokens() + step.staged_tokens(), step.tokens(), batch->requests, threads,
-                                              plan.part_columns());
+  const WorkspaceMap map = WorkspaceMap::make(*layout, step.tokens() + step.staged_tokens(), step.tokens(),
+                                              batch->requests, threads, plan.part_columns());
   KVARN_TRY(check_workspace(workspace, map.bytes));
   const Workspace space{static_cast<uint8_t*>(workspace->data), map, *layout};
   if (needs_step_rows(step) && (space.header().magic != kStepMagic || space.header().fingerprint != fingerprint(step)))
     return fail(KVARN_WORKSPACE_STALE,
-                "rows of this prompt read raw tiles that only append's workspace holds; pass the workspace that kvarn_append of the same "
+                "rows of this prompt read raw tiles that only append's workspace holds; pass the workspace that "
+                "kvarn_append of the same "
                 "pages and batch filled last");
   plan = plan_attend(step, q->heads, threads, space.blocks());
   attend(step, space, plan, *kernels, executor_of(options), *q, *out, scale, soft_cap);
@@ -146,7 +159,8 @@ extern "C" kvarn_status kvarn_expand(const kvarn_layout* layout, const kvarn_pag
   const Kernels* kernels;
   KVARN_TRY(find_target(target_of(options), &kernels));
   int64_t tokens = 0;
-  for (int32_t r = 0; r < batch->requests; ++r) tokens += batch->seq_lens[r] / layout->page_tokens * layout->page_tokens;
+  for (int32_t r = 0; r < batch->requests; ++r)
+    tokens += batch->seq_lens[r] / layout->page_tokens * layout->page_tokens;
   KVARN_TRY(check_rows("k", k, tokens, layout->kv_heads, layout->head_dim));
   KVARN_TRY(check_rows("v", v, tokens, layout->kv_heads, layout->head_dim));
   KVARN_TRY(check_entries(
@@ -157,7 +171,8 @@ extern "C" kvarn_status kvarn_expand(const kvarn_layout* layout, const kvarn_pag
   return KVARN_OK;
 }
 
-extern "C" kvarn_status kvarn_rotate(int32_t head_dim, const kvarn_rows* in, const kvarn_rows_out* out, const kvarn_options* options) {
+extern "C" kvarn_status kvarn_rotate(int32_t head_dim, const kvarn_rows* in, const kvarn_rows_out* out,
+                                     const kvarn_options* options) {
   if (!format::contains(format::kHeadDims, head_dim))
     return fail(KVARN_UNSUPPORTED_HEAD_DIM, "head_dim %d is not supported; allowed: 64, 80, 96, 128, 256", head_dim);
   if (in == nullptr || out == nullptr) return fail(KVARN_NULL_POINTER, "in or out is null");
@@ -166,12 +181,16 @@ extern "C" kvarn_status kvarn_rotate(int32_t head_dim, const kvarn_rows* in, con
   KVARN_TRY(check_executor(executor_of(options)));
   const Kernels* kernels;
   KVARN_TRY(find_target(target_of(options), &kernels));
-  const auto vector = [](auto* data, kvarn_dtype dtype, int64_t element) { return data + element * (dtype == KVARN_FLOAT32 ? 4 : 2); };
+  const auto vector = [](auto* data, kvarn_dtype dtype, int64_t element) {
+    return data + element * (dtype == KVARN_FLOAT32 ? 4 : 2);
+  };
   parallel_for(executor_of(options), in->tokens, [&](int64_t t, int32_t) {
     for (int64_t h = 0; h < in->heads; ++h)
-      kernels->rotate(vector(static_cast<const uint8_t*>(in->data), in->dtype, t * in->token_stride + h * in->head_stride), in->dtype,
-                      head_dim, vector(static_cast<uint8_t*>(out->data), out->dtype, t * out->token_stride + h * out->head_stride),
-                      out->dtype);
+      kernels->rotate(
+          vector(static_cast<const uint8_t*>(in->data), in->dtype, t * in->token_stride + h * in->head_stride),
+          in->dtype, head_dim,
+          vector(static_cast<uint8_t*>(out->data), out->dtype, t * out->token_stride + h * out->head_stride),
+          out->dtype);
   });
   return KVARN_OK;
 }

@@ -12,17 +12,25 @@ namespace kvarn::codec {
 
 inline float load(const void* in, kvarn_dtype dtype, int i) {
   switch (dtype) {
-    case KVARN_FLOAT16: return format::f16_to_float(static_cast<const uint16_t*>(in)[i]);
-    case KVARN_BFLOAT16: return format::bf16_to_float(static_cast<const uint16_t*>(in)[i]);
-    default: return static_cast<const float*>(in)[i];
+    case KVARN_FLOAT16:
+      return format::f16_to_float(static_cast<const uint16_t*>(in)[i]);
+    case KVARN_BFLOAT16:
+      return format::bf16_to_float(static_cast<const uint16_t*>(in)[i]);
+    default:
+      return static_cast<const float*>(in)[i];
   }
 }
 
 inline void store(float value, void* out, kvarn_dtype dtype, int i) {
   switch (dtype) {
-    case KVARN_FLOAT16: static_cast<uint16_t*>(out)[i] = format::float_to_f16(value); break;
-    case KVARN_BFLOAT16: static_cast<uint16_t*>(out)[i] = format::float_to_bf16(value); break;
-    default: static_cast<float*>(out)[i] = value;
+    case KVARN_FLOAT16:
+      static_cast<uint16_t*>(out)[i] = format::float_to_f16(value);
+      break;
+    case KVARN_BFLOAT16:
+      static_cast<uint16_t*>(out)[i] = format::float_to_bf16(value);
+      break;
+    default:
+      static_cast<float*>(out)[i] = value;
   }
 }
 

@@ -18,7 +18,9 @@ using codec::Tile;
 
 constexpr int kD = format::kMaxHeadDim;
 
-const uint16_t* section(const uint8_t* record, int64_t offset) { return reinterpret_cast<const uint16_t*>(record + offset); }
+const uint16_t* section(const uint8_t* record, int64_t offset) {
+  return reinterpret_cast<const uint16_t*>(record + offset);
+}
 
 void write_section(const float* values, int count, uint8_t* record, int64_t offset) {
   uint16_t* out = reinterpret_cast<uint16_t*>(record + offset);
@@ -102,7 +104,8 @@ void expand(const kvarn_layout& layout, const uint8_t* record, float* k, float* 
 }
 
 // One column over the first `visible` tokens of dequantized or raw k, v [tokens][head_dim].
-void attend_tokens(const float* k, const float* v, int visible, int head_dim, const Columns& columns, int column, float cap) {
+void attend_tokens(const float* k, const float* v, int visible, int head_dim, const Columns& columns, int column,
+                   float cap) {
   const float* q = columns.q + column * head_dim;
   float* out = columns.out + column * head_dim;
   float score[format::kMaxPageTokens];
@@ -131,8 +134,8 @@ void attend_packed(const kvarn_layout& layout, const uint8_t* record, const uint
     attend_tokens(scratch.k, scratch.v, layout.page_tokens, layout.head_dim, columns, c, cap);
 }
 
-void attend_raw(const kvarn_layout& layout, const RawTile& raw, const int32_t* visible, const Columns& columns, float cap,
-                Scratch& scratch) {
+void attend_raw(const kvarn_layout& layout, const RawTile& raw, const int32_t* visible, const Columns& columns,
+                float cap, Scratch& scratch) {
   const int head_dim = layout.head_dim, tokens = *std::max_element(visible, visible + columns.count);
   for (int t = 0; t < tokens; ++t)
     for (int d = 0; d < head_dim; ++d) {
@@ -163,7 +166,7 @@ void finish(const Columns& columns, int column, int head_dim, void* out, kvarn_d
 }  // namespace
 
 const Kernels* scalar_kernels() {
-  static constexpr Kernels kernels{"scalar", rotate_raw, rotate,        load_query, store, encode,
+  static constexpr Kernels kernels{"scalar", rotate_raw,    rotate,     load_query, store, encode,
                                    expand,   attend_packed, attend_raw, fold,       finish};
   return &kernels;
 }

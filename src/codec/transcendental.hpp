@@ -26,8 +26,8 @@ inline float exponential(float x) {
   const float series =
       1.0f +
       f * (1.0f +
-           f * (.5f +
-                f * (0.166666672f + f * (0.0416666679f + f * (0.00833333377f + f * (0.00138888892f + f * 1.98412701e-4f))))));
+           f * (.5f + f * (0.166666672f +
+                           f * (0.0416666679f + f * (0.00833333377f + f * (0.00138888892f + f * 1.98412701e-4f))))));
   return series * std::bit_cast<float>(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23);
 }
 

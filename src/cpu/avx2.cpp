@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The AVX2 target: the verbs over its vectors.
+#include "target/kernels.hpp"
+
+#ifdef __x86_64__
 #define KVARN_CPU avx2
+// clang-format off: the vectors first
 #include "cpu/simd_avx2.hpp"
-// clang-format off
 #include "cpu/target.inl"
 // clang-format on
 
-namespace kvarn {
-const Kernels* avx2_kernels() { return &avx2::kKernels; }
-}  // namespace kvarn
+const kvarn::Kernels* kvarn::avx2_kernels() { return &avx2::kKernels; }
+#else
+const kvarn::Kernels* kvarn::avx2_kernels() { return nullptr; }
+#endif

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The AVX-512 target: the verbs over its vectors.
+#include "target/kernels.hpp"
+
+#ifdef __x86_64__
 #define KVARN_CPU avx512
+// clang-format off: the vectors first
 #include "cpu/simd_avx512.hpp"
-// clang-format off
 #include "cpu/target.inl"
 // clang-format on
 
-namespace kvarn {
-const Kernels* avx512_kernels() { return &avx512::kKernels; }
-}  // namespace kvarn
+const kvarn::Kernels* kvarn::avx512_kernels() { return &avx512::kKernels; }
+#else
+const kvarn::Kernels* kvarn::avx512_kernels() { return nullptr; }
+#endif

@@ -51,16 +51,18 @@ static void unpack_plane(const uint8_t* in, const format::Plane& plane, uint8_t*
 static void unpack(const uint8_t* in, int rows, int columns, int bits, uint8_t* codes) {
   using Function = void (*)(const uint8_t*, const format::Plane&, uint8_t*);
   // [log2 of width][log2 of row fields]; a second plane of 3-bit codes is 1 bit wide.
-  static constexpr Function kFirst[4][4] = {{},
-                                            {unpack_plane<2, 1, true>, unpack_plane<2, 2, true>, unpack_plane<2, 4, true>},
-                                            {unpack_plane<4, 1, true>, unpack_plane<4, 2, true>},
-                                            {unpack_plane<8, 1, true>}};
-  static constexpr Function kSecond[4] = {unpack_plane<1, 1, false>, unpack_plane<1, 2, false>, unpack_plane<1, 4, false>,
-                                          unpack_plane<1, 8, false>};
+  static constexpr Function kFirst[4][4] = {
+      {},
+      {unpack_plane<2, 1, true>, unpack_plane<2, 2, true>, unpack_plane<2, 4, true>},
+      {unpack_plane<4, 1, true>, unpack_plane<4, 2, true>},
+      {unpack_plane<8, 1, true>}};
+  static constexpr Function kSecond[4] = {unpack_plane<1, 1, false>, unpack_plane<1, 2, false>,
+                                          unpack_plane<1, 4, false>, unpack_plane<1, 8, false>};
   const format::Planes planes = format::make_planes(rows, columns, bits);
   const auto log2 = [](int x) { return __builtin_ctz(static_cast<unsigned>(x)); };
   kFirst[log2(planes.plane[0].width)][log2(planes.plane[0].row_fields)](in, planes.plane[0], codes);
-  if (planes.count == 2) kSecond[log2(planes.plane[1].row_fields)](in + planes.plane[0].bytes(), planes.plane[1], codes);
+  if (planes.count == 2)
+    kSecond[log2(planes.plane[1].row_fields)](in + planes.plane[0].bytes(), planes.plane[1], codes);
 }
 
 KVARN_INLINE const uint16_t* section(const uint8_t* record, int64_t offset) {
@@ -71,7 +73,8 @@ static void expand(const kvarn_layout& layout, const uint8_t* record, float* k, 
   const int tokens = layout.page_tokens, head_dim = layout.head_dim;
   unpack(record + layout.k_codes, tokens, head_dim, layout.k_bits, scratch.k_codes);
   unpack(record + layout.v_codes, head_dim, tokens, layout.v_bits, scratch.v_codes);
-  float token[format::kMaxPageTokens], scale[format::kMaxPageTokens], zero[format::kMaxPageTokens], codes[format::kMaxHeadDim];
+  float token[format::kMaxPageTokens], scale[format::kMaxPageTokens], zero[format::kMaxPageTokens],
+      codes[format::kMaxHeadDim];
   for (int t = 0; t < tokens; t += 16) {
     store(token + t, load_f16(section(record, layout.k_token) + t));
     store(scale + t, load_f16(section(record, layout.v_scale) + t));

@@ -15,7 +15,8 @@ static void transpose(const float* in, int tokens, int head_dim, float* out) {
         for (int t = t0; t < t0 + 16; ++t) out[d * tokens + t] = in[t * head_dim + d];
 }
 
-static void encode(const kvarn_layout& layout, kvarn_encoder encoder, const RawTile& raw, uint8_t* record, Scratch& scratch) {
+static void encode(const kvarn_layout& layout, kvarn_encoder encoder, const RawTile& raw, uint8_t* record,
+                   Scratch& scratch) {
   const int tokens = layout.page_tokens, head_dim = layout.head_dim;
   float *k = scratch.k, *v_rows = scratch.work, *v = scratch.v;
   for (int t = 0; t < tokens; ++t)

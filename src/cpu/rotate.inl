@@ -17,7 +17,11 @@ KVARN_INLINE void rotate_block(F* x, int vectors) {
         x[i + h] = a - b;
       }
   // 1 / sqrt(16 vectors), rounded to nearest
-  const float scale = vectors == 1 ? .25f : vectors == 2 ? 0.176776695f : vectors == 4 ? .125f : vectors == 8 ? 0.0883883476f : .0625f;
+  const float scale = vectors == 1   ? .25f
+                      : vectors == 2 ? 0.176776695f
+                      : vectors == 4 ? .125f
+                      : vectors == 8 ? 0.0883883476f
+                                     : .0625f;
   for (int i = 0; i < vectors; ++i) x[i] = x[i] * set(scale);
 }
 

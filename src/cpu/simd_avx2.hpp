@@ -50,10 +50,16 @@ KVARN_INLINE F abs(F x) {
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
 KVARN_INLINE M less(F x, F y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)}; }
-KVARN_INLINE M ordered(F x) { return {_mm256_cmp_ps(x.a, x.a, _CMP_ORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_ORD_Q)}; }  // not NaN
+KVARN_INLINE M ordered(F x) {
+  return {_mm256_cmp_ps(x.a, x.a, _CMP_ORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_ORD_Q)};
+}  // not NaN
 KVARN_INLINE M both(M x, M y) { return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)}; }
-KVARN_INLINE F select(M m, F yes, F no) { return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)}; }
-KVARN_INLINE int count(M m) { return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(m.a) << 8 | _mm256_movemask_ps(m.b))); }
+KVARN_INLINE F select(M m, F yes, F no) {
+  return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)};
+}
+KVARN_INLINE int count(M m) {
+  return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(m.a) << 8 | _mm256_movemask_ps(m.b)));
+}
 
 KVARN_INLINE __m128i half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 KVARN_INLINE F load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(half(p)), _mm256_cvtph_ps(half(p + 8))}; }
@@ -111,8 +117,8 @@ KVARN_INLINE F load_u8(const uint8_t* p) {
 KVARN_INLINE __m256i dot_narrow(__m256i codes, __m256i quad) {  // codes <= 15: 15 * 127 * 2 fits int16
   return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, quad), _mm256_set1_epi16(1));
 }
-// acc + sum of 4 products of unsigned bytes (codes) and signed bytes (one quad for all lanes). kWide: codes above 15, taken
-// in two halves because the 16-bit pair sums would saturate.
+// acc + sum of 4 products of unsigned bytes (codes) and signed bytes (one quad for all lanes). kWide: codes above 15,
+// taken in two halves because the 16-bit pair sums would saturate.
 template <bool kWide>
 KVARN_INLINE __m256i dot(__m256i acc, __m256i codes, __m256i quad) {
   if constexpr (!kWide) return _mm256_add_epi32(acc, dot_narrow(codes, quad));

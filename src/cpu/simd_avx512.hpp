@@ -38,14 +38,19 @@ KVARN_INLINE M both(M a, M b) { return static_cast<M>(a & b); }
 KVARN_INLINE F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 KVARN_INLINE int count(M m) { return __builtin_popcount(m); }
 
-KVARN_INLINE F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+KVARN_INLINE F load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 KVARN_INLINE void store_f16(uint16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 KVARN_INLINE F load_u16_high(const uint16_t* p) {  // 16-bit words into the upper halves: bf16
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
-KVARN_INLINE void store_u16(uint16_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x)); }
+KVARN_INLINE void store_u16(uint16_t* p, I x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+}
 
 KVARN_INLINE I set(int32_t x) { return _mm512_set1_epi32(x); }
 KVARN_INLINE I zero() { return _mm512_setzero_si512(); }
@@ -64,7 +69,9 @@ KVARN_INLINE F as_float(I x) { return _mm512_castsi512_ps(x); }
 KVARN_INLINE I load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 KVARN_INLINE void store_bytes(void* p, I x) { _mm512_storeu_si512(p, x); }
 KVARN_INLINE I exchange_halves(I x) { return _mm512_shuffle_i64x2(x, x, 0x4e); }
-KVARN_INLINE void store_lanes_u8(uint8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+KVARN_INLINE void store_lanes_u8(uint8_t* p, I x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
 KVARN_INLINE void store_lanes_i8(int8_t* p, I x) { store_lanes_u8(reinterpret_cast<uint8_t*>(p), x); }
 KVARN_INLINE F load_u8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

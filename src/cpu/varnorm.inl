@@ -10,7 +10,8 @@ KVARN_INLINE F natural_log(F x) {
   u = select(high, u * set(.5f), u);
   e = select(high, e + set(1.0f), e);
   const F f = u - set(1.0f), g = f / (set(2.0f) + f), h = g * g;
-  const F series = set(1.0f) + h * (set(0.333333343f) + h * (set(0.2f) + h * (set(0.142857149f) + h * set(0.111111112f))));
+  const F series =
+      set(1.0f) + h * (set(0.333333343f) + h * (set(0.2f) + h * (set(0.142857149f) + h * set(0.111111112f))));
   return e * set(0.693147182f) + set(2.0f) * g * series;
 }
 

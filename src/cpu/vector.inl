@@ -42,8 +42,8 @@ KVARN_INLINE float sum_blocks(int n, Term term) {
   return sum_lanes(even + odd);
 }
 
-// SUM over columns j for 16 rows at once, N sums in one pass. The partials are visited in bit-reversed order, so that the
-// tree of section 5 becomes a stack of five.
+// SUM over columns j for 16 rows at once, N sums in one pass. The partials are visited in bit-reversed order, so that
+// the tree of section 5 becomes a stack of five.
 template <int N>
 struct Sums {
   F v[N];

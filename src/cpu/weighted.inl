@@ -72,7 +72,8 @@ struct Fit {
     const int twice = 2 * exponents + columns, n = 2 * columns;
     const int mean = twice >= 0 ? twice / n : -((n - 1 - twice) / n);  // floor
     const F scale = as_float(set((127 - mean) << 23));
-    for (int t = 0; t < columns; t += 16) store(grid.c + t, round_f16(clamp(load(norm + t) * scale, set(0x1p-8f), set(0x1p8f))));
+    for (int t = 0; t < columns; t += 16)
+      store(grid.c + t, round_f16(clamp(load(norm + t) * scale, set(0x1p-8f), set(0x1p8f))));
   }
 
   KVARN_INLINE void range(int i, F& lo, F& hi) const {
@@ -111,10 +112,12 @@ struct Fit {
 
   [[gnu::noinline]] F error(int i, F s, F z) const {
     const F is = inverse(s);
-    return sum_columns<1>(columns, [&](int j) {
-             const F value = x(i, j), r = code(value, z, is) * s + z - value;
-             return Sums<1>{{set(w[j]) * r * r}};
-           }).v[0];
+    return sum_columns<1>(columns,
+                          [&](int j) {
+                            const F value = x(i, j), r = code(value, z, is) * s + z - value;
+                            return Sums<1>{{set(w[j]) * r * r}};
+                          })
+        .v[0];
   }
 
   [[gnu::noinline]] void refit_columns() {
@@ -154,7 +157,8 @@ struct Fit {
   [[gnu::noinline]] void debias(int i) {
     const F s = load(grid.s + i), z = load(grid.z + i), all = set(sw);
     const auto y = [&](int j) { return load_u8(grid.codes + j * rows + i) * s + z; };
-    const Sums<2> mean = sum_columns<2>(columns, [&](int j) { return Sums<2>{{set(w[j]) * x(i, j), set(w[j]) * y(j)}}; });
+    const Sums<2> mean =
+        sum_columns<2>(columns, [&](int j) { return Sums<2>{{set(w[j]) * x(i, j), set(w[j]) * y(j)}}; });
     const F mx = mean.v[0] / all, my = mean.v[1] / all;
     const Sums<2> square = sum_columns<2>(columns, [&](int j) {
       const F dx = x(i, j) - mx, wdx = set(w[j]) * dx;
@@ -211,7 +215,8 @@ struct Fit {
   }
 };
 
-static void weighted(const float* m, int rows, int columns, int bits, bool keys, const TokenWeights& weights, EncodedTile& out) {
+static void weighted(const float* m, int rows, int columns, int bits, bool keys, const TokenWeights& weights,
+                     EncodedTile& out) {
   Fit fit{m, rows, columns, bits, keys, weights, out, {}, {}, 0};
   if (keys && bits >= 3)
     fit.norm_and_range();

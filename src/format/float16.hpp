@@ -46,7 +46,8 @@ constexpr uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-static_assert(f16_to_float(float_to_f16(1.0f / 3)) == 0.333251953125f && float_to_f16(0x1p-25f) == 0 && float_to_f16(0x1.8p-24f) == 2);
+static_assert(f16_to_float(float_to_f16(1.0f / 3)) == 0.333251953125f && float_to_f16(0x1p-25f) == 0 &&
+              float_to_f16(0x1.8p-24f) == 2);
 static_assert(float_to_f16(65519.0f) == 0x7bff && float_to_f16(65520.0f) == 0x7c00);
 
 }  // namespace kvarn::format

@@ -8,17 +8,17 @@
 namespace kvarn::format {
 
 inline constexpr int kLineBytes = 64;
-inline constexpr int kLineRows = 16;   // words of a line
+inline constexpr int kLineRows = 16;    // words of a line
 inline constexpr int kWordColumns = 4;  // bytes of a word
 
 // One plane of `width` bits of an R x C matrix.
 struct Plane {
-  int width;      // bits per field: 8, 4, 2 or 1
-  int shift;      // the plane holds bits shift .. shift+width-1 of a code
+  int width;       // bits per field: 8, 4, 2 or 1
+  int shift;       // the plane holds bits shift .. shift+width-1 of a code
   int row_fields;  // fields of a byte that run along rows
   int column_fields;
-  int steps;      // lines per row block = C / (4 column_fields)
-  int blocks;     // row blocks = R / (16 row_fields)
+  int steps;   // lines per row block = C / (4 column_fields)
+  int blocks;  // row blocks = R / (16 row_fields)
 
   constexpr int64_t bytes() const { return int64_t{kLineBytes} * steps * blocks; }
 };
@@ -28,7 +28,12 @@ constexpr Plane make_plane(int rows, int columns, int width, int shift) {
   int row_fields = 1;
   while (row_fields < fields && (rows / kLineRows) % (2 * row_fields) == 0) row_fields *= 2;
   const int column_fields = fields / row_fields;
-  return {width, shift, row_fields, column_fields, columns / (kWordColumns * column_fields), rows / (kLineRows * row_fields)};
+  return {width,
+          shift,
+          row_fields,
+          column_fields,
+          columns / (kWordColumns * column_fields),
+          rows / (kLineRows * row_fields)};
 }
 
 // The planes of `bits`-bit codes, low bits first: 3 = 2 + 1.
@@ -42,8 +47,8 @@ constexpr Planes make_planes(int rows, int columns, int bits) {
   return {1, {make_plane(rows, columns, bits, 0), {}}};
 }
 
-// Lines whose step is 2 or 3 mod 4 hold their 32-byte halves exchanged: a warp that reads 8 rows of 4 adjacent steps then
-// touches every shared-memory bank once.
+// Lines whose step is 2 or 3 mod 4 hold their 32-byte halves exchanged: a warp that reads 8 rows of 4 adjacent steps
+// then touches every shared-memory bank once.
 constexpr bool halves_exchanged(int step) { return (step & 2) != 0; }
 
 struct CodePlace {
@@ -56,7 +61,8 @@ constexpr CodePlace code_place(const Plane& p, int row, int column) {
   const int step = column / (kWordColumns * p.column_fields), field_c = column / kWordColumns % p.column_fields;
   const int place = slot ^ (halves_exchanged(step) ? 8 : 0);
   const int64_t line = int64_t{block} * p.steps + step;
-  return {kLineBytes * line + kWordColumns * place + column % kWordColumns, p.width * (field_c * p.row_fields + field_r)};
+  return {kLineBytes * line + kWordColumns * place + column % kWordColumns,
+          p.width * (field_c * p.row_fields + field_r)};
 }
 
 static_assert(make_plane(128, 128, 4, 0).row_fields == 2 && make_plane(80, 128, 2, 0).column_fields == 4);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The byte layout of a record and a page, written once (specification sections 3 and 4). Everything else derives from it.
+// The byte layout of a record and a page, written once (specification sections 3 and 4). Everything else derives from
+// it.
 #pragma once
 
 #include "format/presets.hpp"
@@ -53,7 +54,8 @@ constexpr bool every_section_is_aligned() {
       for (int g : kPageTokens)
         for (int d : kHeadDims) {
           const kvarn_layout l = make_layout({k, v, g}, d, 1);
-          for (int64_t at : {l.k_scale, l.k_zero, l.k_token, l.v_codes, l.v_channel, l.v_scale, l.v_zero, l.record_bytes})
+          for (int64_t at :
+               {l.k_scale, l.k_zero, l.k_token, l.v_codes, l.v_channel, l.v_scale, l.v_zero, l.record_bytes})
             if (at % 16 != 0) return false;
         }
   return true;

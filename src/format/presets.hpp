@@ -19,8 +19,8 @@ inline constexpr int kMaxHeadDim = 256;
 inline constexpr int kMaxPageTokens = 128;
 
 // The documented choices, best quality first; the other pairs are right but not tuned. NULL-terminated for the C ABI.
-inline constexpr std::array<const char*, 6> kDocumentedPresets{
-    "kvarn_k8v4_g128", "kvarn_k4v4_g128", "kvarn_k4v3_g128", "kvarn_k4v2_g128", "kvarn_k2v2_g128", nullptr};
+inline constexpr std::array<const char*, 6> kDocumentedPresets{"kvarn_k8v4_g128", "kvarn_k4v4_g128", "kvarn_k4v3_g128",
+                                                               "kvarn_k4v2_g128", "kvarn_k2v2_g128", nullptr};
 
 template <class List>
 constexpr bool contains(const List& list, int value) {
@@ -48,7 +48,8 @@ constexpr std::optional<Preset> parse_preset(std::string_view name) {
   preset.v_bits = digit();
   if (name == "_g128") preset.page_tokens = 128;
   if (name == "_g64") preset.page_tokens = 64;
-  if (!contains(kBits, preset.k_bits) || !contains(kBits, preset.v_bits) || preset.page_tokens == 0) return std::nullopt;
+  if (!contains(kBits, preset.k_bits) || !contains(kBits, preset.v_bits) || preset.page_tokens == 0)
+    return std::nullopt;
   return preset;
 }
 

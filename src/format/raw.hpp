@@ -14,7 +14,8 @@ struct RawPlace {
 };
 
 constexpr RawPlace raw_place(const kvarn_layout& layout, int32_t position) {
-  const int32_t tile = position / layout.page_tokens, offset = position % layout.page_tokens, n = layout.raw_tokens_per_page;
+  const int32_t tile = position / layout.page_tokens, offset = position % layout.page_tokens,
+                n = layout.raw_tokens_per_page;
   if (offset < n) return {tile + layout.pages_ahead, offset};
   return {tile + offset / n, offset % n};
 }
@@ -24,7 +25,8 @@ constexpr bool raw_in_pages(const kvarn_layout& layout, int32_t tile, int32_t le
   return int64_t{length} - (int64_t{tile} + 1) * layout.page_tokens <= layout.raw_tokens_per_page;
 }
 
-// Must the `start mod G` older raw tokens of the tile that `start` lies in be staged before a step that ends at `length`?
+// Must the `start mod G` older raw tokens of the tile that `start` lies in be staged before a step that ends at
+// `length`?
 constexpr bool must_stage(const kvarn_layout& layout, int32_t start, int32_t length) {
   return start % layout.page_tokens != 0 && !raw_in_pages(layout, start / layout.page_tokens, length);
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // append: stage, rotate, pack (specification section 8).
 //
-// Bytes: reads k and v of the step once, writes 4 D bytes a token and head, and per completed tile reads 4 D G and writes a
-// record. The encoder dominates: 2.3 million operations a tile at k4v2, D = 128.
+// Bytes: reads k and v of the step once, writes 4 D bytes a token and head, and per completed tile reads 4 D G and
+// writes a record. The encoder dominates: 2.3 million operations a tile at k4v2, D = 128.
 #include "pages/append.hpp"
 
 #include <atomic>
@@ -42,8 +42,8 @@ struct Append {
     for (int32_t i = 0; i < count; ++i) {
       const int64_t token = step.batch.query_starts[r] + i;
       const bool in_pages = format::raw_in_pages(layout, step.tile_of(start + i), step.length(r));
-      uint16_t* to = in_pages ? step.raw_k(r, start + i, head)
-                              : workspace.row(workspace.row_base()[r] + step.staged(r) + i, head);
+      uint16_t* to =
+          in_pages ? step.raw_k(r, start + i, head) : workspace.row(workspace.row_base()[r] + step.staged(r) + i, head);
       const int64_t v_distance = in_pages ? step.raw_v_distance() : layout.head_dim;
       replaced += kernels.rotate_raw(vector(k, token, head), k.dtype, layout.head_dim, to);
       replaced += kernels.rotate_raw(vector(v, token, head), v.dtype, layout.head_dim, to + v_distance);
@@ -80,7 +80,8 @@ int64_t append(const Step& step, const Workspace& workspace, const Kernels& kern
     int64_t tile = index / heads;
     int32_t r = 0;
     for (; tile >= step.end_pack(r) - step.first_pack(r); ++r) tile -= step.end_pack(r) - step.first_pack(r);
-    run.pack(r, step.first_pack(r) + static_cast<int32_t>(tile), static_cast<int32_t>(index % heads), workspace.scratch(thread));
+    run.pack(r, step.first_pack(r) + static_cast<int32_t>(tile), static_cast<int32_t>(index % heads),
+             workspace.scratch(thread));
   });
   return replaced;
 }

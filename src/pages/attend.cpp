@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // attend: query rows against packed tiles and their own raw tile (specification section 9).
 //
-// A unit is (row block, KV head). Its chain over tiles restarts at every segment of 32 tiles and the segments are folded in
-// order, whether one thread runs them all or several share them: so splitting never changes a bit.
+// A unit is (row block, KV head). Its chain over tiles restarts at every segment of 32 tiles and the segments are
+// folded in order, whether one thread runs them all or several share them: so splitting never changes a bit.
 #include "pages/attend.hpp"
 
 #include <limits>
@@ -100,7 +100,8 @@ void clear_absent(const Step& step, const kvarn_rows_out& out) {
     if (step.length(r) > 0) continue;
     for (int64_t t = step.batch.query_starts[r]; t < step.batch.query_starts[r + 1]; ++t)
       for (int64_t h = 0; h < out.heads; ++h) {
-        uint8_t* row = static_cast<uint8_t*>(out.data) + static_cast<size_t>(t * out.token_stride + h * out.head_stride) * size;
+        uint8_t* row =
+            static_cast<uint8_t*>(out.data) + static_cast<size_t>(t * out.token_stride + h * out.head_stride) * size;
         std::fill_n(row, static_cast<size_t>(step.layout.head_dim) * size, uint8_t{0});
       }
   }
@@ -129,7 +130,8 @@ AttendPlan plan_attend(const Step& step, int64_t query_heads, int32_t threads, R
 }
 
 void attend(const Step& step, const Workspace& workspace, const AttendPlan& plan, const Kernels& kernels,
-            const kvarn_executor* executor, const kvarn_rows& q, const kvarn_rows_out& out, float scale, float soft_cap) {
+            const kvarn_executor* executor, const kvarn_rows& q, const kvarn_rows_out& out, float scale,
+            float soft_cap) {
   const Attend run{step, workspace, kernels, q, out, scale * kLog2e, soft_cap * kLog2e};
   const RowBlock* blocks = workspace.blocks();
   const int32_t heads = step.layout.kv_heads;

@@ -4,13 +4,14 @@
 
 namespace kvarn {
 
-void expand(const Step& step, Scratch* scratch, const Kernels& kernels, const kvarn_executor* executor, const kvarn_rows_out& k,
-            const kvarn_rows_out& v) {
+void expand(const Step& step, Scratch* scratch, const Kernels& kernels, const kvarn_executor* executor,
+            const kvarn_rows_out& k, const kvarn_rows_out& v) {
   const kvarn_layout& layout = step.layout;
   const int32_t heads = layout.kv_heads, tokens = layout.page_tokens, head_dim = layout.head_dim;
   const auto store = [&](const kvarn_rows_out& rows, int64_t token, int32_t head, const float* values) {
     const int64_t element = token * rows.token_stride + head * rows.head_stride;
-    kernels.store(values, head_dim, static_cast<uint8_t*>(rows.data) + element * (rows.dtype == KVARN_FLOAT32 ? 4 : 2), rows.dtype);
+    kernels.store(values, head_dim, static_cast<uint8_t*>(rows.data) + element * (rows.dtype == KVARN_FLOAT32 ? 4 : 2),
+                  rows.dtype);
   };
   int64_t tiles = 0;
   for (int32_t r = 0; r < step.batch.requests; ++r) tiles += step.tile_of(step.length(r));

@@ -6,7 +6,7 @@
 namespace kvarn {
 
 // Arguments are checked; scratch holds one element per thread.
-void expand(const Step& step, Scratch* scratch, const Kernels& kernels, const kvarn_executor* executor, const kvarn_rows_out& k,
-            const kvarn_rows_out& v);
+void expand(const Step& step, Scratch* scratch, const Kernels& kernels, const kvarn_executor* executor,
+            const kvarn_rows_out& k, const kvarn_rows_out& v);
 
 }  // namespace kvarn

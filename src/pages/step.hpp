@@ -59,6 +59,8 @@ void parallel_for(const kvarn_executor* executor, int64_t tasks, const Body& bod
   executor->run(executor->context, tasks, call, const_cast<Body*>(&body));
 }
 
-inline int32_t thread_count(const kvarn_executor* executor) { return executor == nullptr ? 1 : std::max(1, executor->threads); }
+inline int32_t thread_count(const kvarn_executor* executor) {
+  return executor == nullptr ? 1 : std::max(1, executor->threads);
+}
 
 }  // namespace kvarn

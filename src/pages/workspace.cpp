@@ -25,7 +25,8 @@ void fill_row_base(const Step& step, int64_t* row_base) {
   }
 }
 
-RawTile raw_tile(const Step& step, const Workspace& workspace, int32_t request, int32_t tile, int32_t head, int32_t tokens) {
+RawTile raw_tile(const Step& step, const Workspace& workspace, int32_t request, int32_t tile, int32_t head,
+                 int32_t tokens) {
   RawTile out;
   const int32_t first = tile * step.layout.page_tokens;
   if (format::raw_in_pages(step.layout, tile, step.length(request))) {

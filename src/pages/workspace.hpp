@@ -7,7 +7,7 @@
 
 namespace kvarn {
 
-inline constexpr int kSegmentTiles = 32;  // a row's history is cut at fixed tiles and folded in order
+inline constexpr int kSegmentTiles = 32;   // a row's history is cut at fixed tiles and folded in order
 inline constexpr int kUnitsPerThread = 4;  // below this many units a thread, rows are split into segments
 
 // Written by append, checked by attend: is this the workspace of this step and layer?
@@ -15,7 +15,8 @@ struct StepHeader {
   uint64_t magic, fingerprint;
 };
 
-// Up to kMaxColumns / group rows of one request that lie in the same tile: what one unit of attention computes per KV head.
+// Up to kMaxColumns / group rows of one request that lie in the same tile: what one unit of attention computes per KV
+// head.
 struct RowBlock {
   int32_t request, first, rows, tile;
 };
@@ -23,9 +24,10 @@ struct RowBlock {
 struct WorkspaceMap {
   int64_t header, row_base, rows, scratch, blocks, parts, bytes;
 
-  // `raw_rows` new and staged tokens, `tokens` new ones; `part_columns` columns of split rows, one per segment and column.
-  static WorkspaceMap make(const kvarn_layout& layout, int64_t raw_rows, int64_t tokens, int64_t requests, int32_t threads,
-                           int64_t part_columns) {
+  // `raw_rows` new and staged tokens, `tokens` new ones; `part_columns` columns of split rows, one per segment and
+  // column.
+  static WorkspaceMap make(const kvarn_layout& layout, int64_t raw_rows, int64_t tokens, int64_t requests,
+                           int32_t threads, int64_t part_columns) {
     WorkspaceMap map{};
     int64_t offset = 0;
     const auto take = [&offset](int64_t bytes) {
@@ -69,6 +71,7 @@ uint64_t fingerprint(const Step& step);
 // Row of the workspace where request r's first token of this step (its first staged one, if any) lies.
 void fill_row_base(const Step& step, int64_t* row_base);
 // The first `tokens` raw tokens of a tile, wherever they are.
-RawTile raw_tile(const Step& step, const Workspace& workspace, int32_t request, int32_t tile, int32_t head, int32_t tokens);
+RawTile raw_tile(const Step& step, const Workspace& workspace, int32_t request, int32_t tile, int32_t head,
+                 int32_t tokens);
 
 }  // namespace kvarn

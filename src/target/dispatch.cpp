@@ -14,7 +14,8 @@ namespace {
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 #else
 bool has_avx2() { return false; }
@@ -46,8 +47,8 @@ kvarn_status find_target(const char* name, const Kernels** found) {
     if (name == nullptr && target->kernels == nullptr) continue;
     if (name != nullptr && std::strcmp(name, target->name) != 0) continue;
     if (target->kernels == nullptr)
-      return fail(KVARN_TARGET_UNAVAILABLE, "target \"%s\": this CPU or build lacks it; leave KVARN_TARGET unset to take the best",
-                  name);
+      return fail(KVARN_TARGET_UNAVAILABLE,
+                  "target \"%s\": this CPU or build lacks it; leave KVARN_TARGET unset to take the best", name);
     *found = target->kernels;
     return KVARN_OK;
   }

@@ -5,8 +5,8 @@
 
 namespace kvarn {
 
-// The target with this name; null name: environment KVARN_TARGET, else the best of this CPU. On an error *found stays null
-// and the status says why.
+// The target with this name; null name: environment KVARN_TARGET, else the best of this CPU. On an error *found stays
+// null and the status says why.
 kvarn_status find_target(const char* name, const Kernels** found);
 
 }  // namespace kvarn

@@ -20,7 +20,8 @@ struct RawTile {
   const uint16_t* v[format::kMaxPageTokens];
 };
 
-// The running softmax of a few columns (query row x head), a chain over tiles: out / sum is the result, in units of 2^max.
+// The running softmax of a few columns (query row x head), a chain over tiles: out / sum is the result, in units of
+// 2^max.
 struct Columns {
   int count;
   float* q;    // [count][head_dim] rotated, times scale * log2(e)
@@ -41,7 +42,8 @@ struct alignas(64) Scratch {
   float k[kTileValues], v[kTileValues], work[kTileValues];
   uint8_t k_codes[kTileValues], v_codes[kTileValues];
   // Of the life cycle: the columns of one unit.
-  float q[kMaxColumns * format::kMaxHeadDim], out[kMaxColumns * format::kMaxHeadDim], total[kMaxColumns * format::kMaxHeadDim];
+  float q[kMaxColumns * format::kMaxHeadDim], out[kMaxColumns * format::kMaxHeadDim],
+      total[kMaxColumns * format::kMaxHeadDim];
   float state[4][kMaxColumns];
 };
 
@@ -56,16 +58,17 @@ struct Kernels {
   bool (*load_query)(const void* in, kvarn_dtype dtype, int head_dim, float factor, float* q);
   void (*store)(const float* in, int count, void* out, kvarn_dtype dtype);
 
-  void (*encode)(const kvarn_layout& layout, kvarn_encoder encoder, const RawTile& raw, uint8_t* record, Scratch& scratch);
+  void (*encode)(const kvarn_layout& layout, kvarn_encoder encoder, const RawTile& raw, uint8_t* record,
+                 Scratch& scratch);
   // k, v [page_tokens][head_dim]; may be scratch.k and scratch.v
   void (*expand)(const kvarn_layout& layout, const uint8_t* record, float* k, float* v, Scratch& scratch);
 
   // Extends each column's chain by a packed tile, or by the tokens of a raw tile that it sees (visible[column] >= 1).
   // `next` is the record that follows, to be fetched meanwhile; the last one names itself.
-  void (*attend_packed)(const kvarn_layout& layout, const uint8_t* record, const uint8_t* next, const Columns& columns, float cap,
-                        Scratch& scratch);
-  void (*attend_raw)(const kvarn_layout& layout, const RawTile& raw, const int32_t* visible, const Columns& columns, float cap,
-                     Scratch& scratch);
+  void (*attend_packed)(const kvarn_layout& layout, const uint8_t* record, const uint8_t* next, const Columns& columns,
+                        float cap, Scratch& scratch);
+  void (*attend_raw)(const kvarn_layout& layout, const RawTile& raw, const int32_t* visible, const Columns& columns,
+                     float cap, Scratch& scratch);
   // total = total followed by part.
   void (*fold)(int head_dim, const Columns& total, const Columns& part);
   // out / sum, rotated back.

@@ -10,29 +10,37 @@ namespace {
 struct Hostile : testing::Test {
   Request r{"kvarn_k4v2_g128", 64, 2, 4, 300};
   int32_t length = 200, starts[2] = {0, 200};
-  kvarn_batch batch{1, static_cast<int32_t>(r.table.size()), static_cast<int64_t>(r.table.size()), r.table.data(), &length, starts};
+  kvarn_batch batch{
+      1, static_cast<int32_t>(r.table.size()), static_cast<int64_t>(r.table.size()), r.table.data(), &length, starts};
   kvarn_rows k = rows(r.k.data(), KVARN_FLOAT32, 200, 2, 64), q = rows(r.q.data(), KVARN_FLOAT32, 200, 4, 64);
   kvarn_rows_out out = rows_out(r.out.data(), KVARN_FLOAT32, 200, 4, 64);
   kvarn_workspace workspace = r.workspace;
   std::vector<uint8_t> before = r.memory;
 
   void expect_append(kvarn_status expected, const char* mentions) {
-    const kvarn_status got = kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr);
+    const kvarn_status got =
+        kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr);
     EXPECT_EQ(got, expected) << kvarn_last_error();
     EXPECT_NE(std::string(kvarn_last_error()).find(mentions), std::string::npos) << kvarn_last_error();
     EXPECT_EQ(r.memory, before);
   }
   void expect_attend(kvarn_status expected, float scale = 1, float cap = 0) {
-    EXPECT_EQ(kvarn_attend(&r.layout, &r.pages, &batch, &q, &out, scale, cap, &workspace, nullptr), expected) << kvarn_last_error();
+    EXPECT_EQ(kvarn_attend(&r.layout, &r.pages, &batch, &q, &out, scale, cap, &workspace, nullptr), expected)
+        << kvarn_last_error();
   }
 };
 
 TEST_F(Hostile, NullPointers) {
-  EXPECT_EQ(kvarn_append(nullptr, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr), KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, nullptr, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr), KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, nullptr, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr), KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, nullptr, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr), KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, nullptr), KVARN_NULL_POINTER);
+  EXPECT_EQ(kvarn_append(nullptr, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr),
+            KVARN_NULL_POINTER);
+  EXPECT_EQ(kvarn_append(&r.layout, nullptr, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr),
+            KVARN_NULL_POINTER);
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, nullptr, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr),
+            KVARN_NULL_POINTER);
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, nullptr, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr),
+            KVARN_NULL_POINTER);
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, nullptr),
+            KVARN_NULL_POINTER);
   EXPECT_EQ(kvarn_attend(&r.layout, &r.pages, &batch, &q, nullptr, 1, 0, &workspace, nullptr), KVARN_NULL_POINTER);
   EXPECT_EQ(kvarn_expand(&r.layout, &r.pages, &batch, nullptr, &out, &workspace, nullptr), KVARN_NULL_POINTER);
   EXPECT_EQ(kvarn_layout_init(nullptr, 64, 1, &r.layout), KVARN_NULL_POINTER);
@@ -134,9 +142,12 @@ TEST_F(Hostile, NamesAndLayouts) {
   expect_append(KVARN_BAD_LAYOUT, "kvarn_layout_init");
   r.layout.record_bytes -= 16;
   const kvarn_options unknown{nullptr, "sse9"};
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, &unknown, nullptr), KVARN_UNKNOWN_TARGET);
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, &unknown, nullptr),
+            KVARN_UNKNOWN_TARGET);
   EXPECT_EQ(kvarn_target("sse9"), nullptr);
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, static_cast<kvarn_encoder>(7), &workspace, nullptr, nullptr), KVARN_BAD_ARGUMENT);
+  EXPECT_EQ(
+      kvarn_append(&r.layout, &r.pages, &batch, &k, &k, static_cast<kvarn_encoder>(7), &workspace, nullptr, nullptr),
+      KVARN_BAD_ARGUMENT);
 }
 
 TEST_F(Hostile, EveryStatusHasAMessage) {

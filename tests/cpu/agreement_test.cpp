@@ -7,9 +7,10 @@
 namespace kvarn::test {
 namespace {
 
-// A folded operand is rounded to 1 / 16,256 of its largest element: uniform error of deviation .29 / 16,256 relative to the
-// maximum, which is at most 4.5 deviations of the 64 .. 256 elements, so 8e-5 of their norm, once for q and once for p, and the
-// scores enter exponentially with magnitude of about 1. Sums in binary32 add less than 1e-5. 4e-4 is three times that.
+// A folded operand is rounded to 1 / 16,256 of its largest element: uniform error of deviation .29 / 16,256 relative to
+// the maximum, which is at most 4.5 deviations of the 64 .. 256 elements, so 8e-5 of their norm, once for q and once
+// for p, and the scores enter exponentially with magnitude of about 1. Sums in binary32 add less than 1e-5. 4e-4 is
+// three times that.
 constexpr double kAttendTolerance = 4e-4;
 
 class Agreement : public testing::TestWithParam<std::tuple<std::string, int, std::string>> {};
@@ -31,11 +32,12 @@ TEST_P(Agreement, WithTheReference) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, Agreement,
-                         testing::Combine(testing::Values("kvarn_k4v2_g128", "kvarn_k4v3_g64", "kvarn_k2v2_g64", "kvarn_k8v4_g128",
-                                                          "kvarn_k3v8_g64"),
+                         testing::Combine(testing::Values("kvarn_k4v2_g128", "kvarn_k4v3_g64", "kvarn_k2v2_g64",
+                                                          "kvarn_k8v4_g128", "kvarn_k3v8_g64"),
                                           testing::Values(64, 80, 96, 128, 256), testing::ValuesIn(targets())),
                          [](const auto& test) {
-                           return std::get<0>(test.param) + "_" + std::to_string(std::get<1>(test.param)) + "_" + std::get<2>(test.param);
+                           return std::get<0>(test.param) + "_" + std::to_string(std::get<1>(test.param)) + "_" +
+                                  std::get<2>(test.param);
                          });
 
 TEST(Attend, IntegerSumsOfTheLargestOperandsDoNotOverflow) {

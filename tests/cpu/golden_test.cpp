@@ -58,7 +58,8 @@ TEST_P(Golden, RecordsOfEveryPreset) {
     golden_input(request.k, 1, c.head_dim, tokens, true);
     golden_input(request.v, 2, c.head_dim, tokens, false);
     request.step(tokens, c.encoder == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED);
-    EXPECT_EQ(fnv1a64(request.page(0), request.layout.record_bytes), c.hash) << c.preset << " D " << c.head_dim << " " << c.encoder;
+    EXPECT_EQ(fnv1a64(request.page(0), request.layout.record_bytes), c.hash)
+        << c.preset << " D " << c.head_dim << " " << c.encoder;
   }
 }
 

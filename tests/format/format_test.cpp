@@ -81,8 +81,9 @@ TEST(Raw, StagingStartsOneTokenPastTheDrafts) {
 
 TEST(Preset, ParsesExactlyItsForm) {
   EXPECT_TRUE(parse_preset("kvarn_k4v2_g128") && parse_preset("kvarn_k3v3_g64"));
-  for (const char* bad : {"", "kvarn", "kvarn_k4v2", "kvarn_k4v2_g12", "kvarn_k4v2_g1280", "kvarn_k5v2_g128", "kvarn_k4v0_g64",
-                          "kvarn_k16v2_g128", "KVARN_k4v2_g128", " kvarn_k4v2_g128", "kvarn_k4v2_g128 ", "kvarn_k4x2_g128"})
+  for (const char* bad :
+       {"", "kvarn", "kvarn_k4v2", "kvarn_k4v2_g12", "kvarn_k4v2_g1280", "kvarn_k5v2_g128", "kvarn_k4v0_g64",
+        "kvarn_k16v2_g128", "KVARN_k4v2_g128", " kvarn_k4v2_g128", "kvarn_k4v2_g128 ", "kvarn_k4x2_g128"})
     EXPECT_FALSE(parse_preset(bad)) << bad;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page reader: pages, block table and lengths are the fuzzer's. Every target must come back with a status, touch nothing
-// outside its memory, and all targets must expand the same bytes to the same bits.
+// The page reader: pages, block table and lengths are the fuzzer's. Every target must come back with a status, touch
+// nothing outside its memory, and all targets must expand the same bytes to the same bits.
 #include <cstring>
 #include <vector>
 
@@ -14,9 +14,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!kvarn::Layout::make(kPresets[data[0] % 4], kD, 1, layout)) __builtin_trap();
   const kvarn::WorkspaceBuffer memory(kPages * layout.page_bytes);
   const kvarn_pages pages{static_cast<uint8_t*>(static_cast<kvarn_workspace>(memory).data), kPages, layout.page_bytes};
-  for (int64_t i = 0; i < kPages * layout.page_bytes; ++i) pages.data[i] = data[(static_cast<size_t>(i) * 31 + 14) % size];
+  for (int64_t i = 0; i < kPages * layout.page_bytes; ++i)
+    pages.data[i] = data[(static_cast<size_t>(i) * 31 + 14) % size];
 
-  int32_t table[kWidth], length = static_cast<int32_t>(data[1] | data[2] << 8) % 400 - 4, starts[2] = {0, static_cast<int8_t>(data[3])};
+  int32_t table[kWidth], length = static_cast<int32_t>(data[1] | data[2] << 8) % 400 - 4,
+                         starts[2] = {0, static_cast<int8_t>(data[3])};
   for (int i = 0; i < kWidth; ++i) table[i] = static_cast<int8_t>(data[4 + i]) % (kPages + 1);
   const kvarn_batch batch{1, kWidth, kWidth, table, &length, starts};
 

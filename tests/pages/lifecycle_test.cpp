@@ -34,12 +34,14 @@ TEST(Lifecycle, RejectedDraftsLeaveNoTrace) {
   const int32_t most = request.layout.raw_tokens_per_page;
   request.step(90);
   for (uint32_t turn = 0; request.length < kTokens; ++turn) {
-    const int32_t drafts = std::min(static_cast<int32_t>(mix(turn) % static_cast<uint32_t>(most + 1)), kTokens - request.length - 1);
+    const int32_t drafts =
+        std::min(static_cast<int32_t>(mix(turn) % static_cast<uint32_t>(most + 1)), kTokens - request.length - 1);
     const int32_t accepted = drafts == 0 ? 0 : static_cast<int32_t>(mix(turn + 99) % static_cast<uint32_t>(drafts + 1));
     const int32_t before = request.length;
     const std::vector<float> k = request.k, v = request.v;
     const auto rejected = (before + 1 + accepted) * 2 * 64;
-    for (auto i = static_cast<size_t>(rejected); i < std::min(k.size(), static_cast<size_t>((before + 1 + drafts) * 128)); ++i)
+    for (auto i = static_cast<size_t>(rejected);
+         i < std::min(k.size(), static_cast<size_t>((before + 1 + drafts) * 128)); ++i)
       request.k[i] = 7, request.v[i] = -7;
     request.step(1 + drafts);
     request.length = before + 1 + accepted;
@@ -74,7 +76,8 @@ TEST(Lifecycle, ARequestWithoutTokensWritesNothingAndReadsZeros) {
   const auto kv = rows(request.k.data(), KVARN_FLOAT32, 3, 2, 64);
   ASSERT_TRUE(append(request.layout, request.pages, batch, kv, kv, request.workspace));
   const auto out = rows_out(request.out.data(), KVARN_FLOAT32, 3, 6, 64);
-  ASSERT_TRUE(attend(request.layout, request.pages, batch, rows(request.q.data(), KVARN_FLOAT32, 3, 6, 64), out, {}, request.workspace));
+  ASSERT_TRUE(attend(request.layout, request.pages, batch, rows(request.q.data(), KVARN_FLOAT32, 3, 6, 64), out, {},
+                     request.workspace));
   EXPECT_EQ(request.memory, before);
   for (int i = 0; i < 3 * 6 * 64; ++i) EXPECT_EQ(request.out[static_cast<size_t>(i)], 0.0f);
 }
@@ -88,7 +91,8 @@ TEST(Lifecycle, NonFiniteTokensAreReplacedAndCounted) {
   const kvarn_batch batch{1, static_cast<int32_t>(request.table.size()), 0, request.table.data(), &length, starts};
   int64_t replaced = 0;
   ASSERT_TRUE(append(request.layout, request.pages, batch, rows(request.k.data(), KVARN_FLOAT32, 256, 1, 64),
-                     rows(request.v.data(), KVARN_FLOAT32, 256, 1, 64), request.workspace, KVARN_WEIGHTED, nullptr, &replaced));
+                     rows(request.v.data(), KVARN_FLOAT32, 256, 1, 64), request.workspace, KVARN_WEIGHTED, nullptr,
+                     &replaced));
   EXPECT_EQ(replaced, 3);
   request.length = 256;
   for (float x : request.expanded()) ASSERT_TRUE(std::isfinite(x));

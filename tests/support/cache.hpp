@@ -64,7 +64,8 @@ struct Request {
   WorkspaceBuffer workspace;
   kvarn_options options{nullptr, nullptr};
 
-  Request(const std::string& preset, int32_t head_dim, int32_t kv_heads, int32_t heads, int32_t tokens, uint32_t seed = 1, int32_t threads = 1)
+  Request(const std::string& preset, int32_t head_dim, int32_t kv_heads, int32_t heads, int32_t tokens,
+          uint32_t seed = 1, int32_t threads = 1)
       : layout(make(preset, head_dim, kv_heads)),
         query_heads(heads),
         memory(static_cast<size_t>(layout.pages_of(tokens) * layout.page_bytes + 64), uint8_t{0xff}),
@@ -82,13 +83,17 @@ struct Request {
   // Appends and attends the next `count` tokens.
   void step(int32_t count, kvarn_encoder encoder = KVARN_WEIGHTED) {
     const int32_t heads = layout.kv_heads, d = layout.head_dim, end = length + count, starts[2] = {0, count};
-    const kvarn_batch batch{1, static_cast<int32_t>(table.size()), static_cast<int64_t>(table.size()), table.data(), &end, starts};
-    const auto at = [&](std::vector<float>& rows, int32_t per_token) { return rows.data() + int64_t{length} * per_token * d; };
+    const kvarn_batch batch{
+        1, static_cast<int32_t>(table.size()), static_cast<int64_t>(table.size()), table.data(), &end, starts};
+    const auto at = [&](std::vector<float>& rows, int32_t per_token) {
+      return rows.data() + int64_t{length} * per_token * d;
+    };
     const Status a = append(layout, pages, batch, rows(at(k, heads), KVARN_FLOAT32, count, heads, d),
                             rows(at(v, heads), KVARN_FLOAT32, count, heads, d), workspace, encoder, &options);
     ASSERT_TRUE(a) << a.message();
     const Status b = attend(layout, pages, batch, rows(at(q, query_heads), KVARN_FLOAT32, count, query_heads, d),
-                            rows_out(at(out, query_heads), KVARN_FLOAT32, count, query_heads, d), {.scale = .1f}, workspace, &options);
+                            rows_out(at(out, query_heads), KVARN_FLOAT32, count, query_heads, d), {.scale = .1f},
+                            workspace, &options);
     ASSERT_TRUE(b) << b.message();
     length = end;
   }
@@ -96,15 +101,20 @@ struct Request {
   const uint8_t* page(int32_t tile) const { return pages.data + table[static_cast<size_t>(tile)] * pages.stride; }
   std::vector<uint8_t> packed() const {  // every complete tile's page
     std::vector<uint8_t> bytes;
-    for (int32_t t = 0; t < length / layout.page_tokens; ++t) bytes.insert(bytes.end(), page(t), page(t) + layout.page_bytes);
+    for (int32_t t = 0; t < length / layout.page_tokens; ++t)
+      bytes.insert(bytes.end(), page(t), page(t) + layout.page_bytes);
     return bytes;
   }
   // k and v of the complete tiles, [tokens][kv_heads][head_dim] each, one after the other.
   std::vector<float> expanded() {
-    const int64_t tokens = length / layout.page_tokens * layout.page_tokens, size = tokens * layout.kv_heads * layout.head_dim;
+    const int64_t tokens = length / layout.page_tokens * layout.page_tokens,
+                  size = tokens * layout.kv_heads * layout.head_dim;
     std::vector<float> both(static_cast<size_t>(2 * size));
-    const kvarn_batch batch{1, static_cast<int32_t>(table.size()), static_cast<int64_t>(table.size()), table.data(), &length, nullptr};
-    const auto half = [&](int64_t offset) { return rows_out(both.data() + offset, KVARN_FLOAT32, tokens, layout.kv_heads, layout.head_dim); };
+    const kvarn_batch batch{
+        1, static_cast<int32_t>(table.size()), static_cast<int64_t>(table.size()), table.data(), &length, nullptr};
+    const auto half = [&](int64_t offset) {
+      return rows_out(both.data() + offset, KVARN_FLOAT32, tokens, layout.kv_heads, layout.head_dim);
+    };
     const Status s = expand(layout, pages, batch, half(0), half(size), workspace, &options);
     EXPECT_TRUE(s) << s.message();
     return both;
