@@ -147,6 +147,7 @@ struct Options {
 };
 
 kvarn_layout make_layout(const std::string& preset, int32_t head_dim, int32_t kv_heads) {
+  if (preset.find('\0') != std::string::npos) throw nb::value_error("the preset's name contains a NUL character");
   kvarn_layout layout;
   check(kvarn_layout_init(preset.c_str(), head_dim, kv_heads, &layout));
   return layout;

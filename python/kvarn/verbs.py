@@ -44,7 +44,7 @@ def append(
     """
     core = _layout(layout)
     if workspace is None:
-        workspace = _default_workspace(core, query_starts, seq_lens, 0)
+        workspace = _default_workspace(core, block_table, seq_lens, k, 0)
     return _core.append(core, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, target)
 
 
@@ -73,8 +73,7 @@ def attend(
     if out is None:
         out = _empty_like(q)
     if workspace is None:
-        heads = q.shape[1] if getattr(q, "ndim", 0) == 3 else 0
-        workspace = _default_workspace(core, query_starts, seq_lens, heads)
+        workspace = _default_workspace(core, block_table, seq_lens, q, q.shape[1] if len(q.shape) == 3 else 0)
     _core.attend(core, pages, block_table, seq_lens, query_starts, q, out, scale, soft_cap, workspace, target)
     return out
 
@@ -86,7 +85,11 @@ def expand(layout: Layout, pages, block_table, seq_lens, dtype=None, target: str
     Returns (k, v), each [tokens, kv_heads, head_dim], tokens = sum of page_tokens * (seq_len // page_tokens).
     """
     core = _layout(layout)
-    tokens = sum(max(0, int(n)) // core.page_tokens for n in _values(seq_lens)) * core.page_tokens
+    lengths, width = _lengths(seq_lens), _shape("block_table", block_table)[-1]
+    tiles = [max(0, length) // core.page_tokens for length in lengths]
+    if max(tiles, default=0) > width:
+        raise ValueError(f"seq_lens of {max(lengths)} tokens need {max(tiles)} pages; block_table has {width} columns")
+    tokens = sum(tiles) * core.page_tokens
     shape = (tokens, core.kv_heads, core.head_dim)
     if isinstance(pages, np.ndarray):
         k, v = np.empty(shape, dtype or np.float32), np.empty(shape, dtype or np.float32)
@@ -127,21 +130,27 @@ def _empty_like(x):
     return torch.empty(x.shape, dtype=x.dtype)
 
 
-def _values(lengths) -> list:
-    if not hasattr(lengths, "tolist"):
-        raise TypeError(f"seq_lens and query_starts must be int32 arrays, got {type(lengths).__name__}")
-    values = lengths.tolist()
-    return values if isinstance(values, list) else [values]
+def _shape(name: str, x) -> tuple[int, ...]:
+    shape = getattr(x, "shape", None)
+    if not shape:
+        raise TypeError(f"{name} must be an array or a tensor with axes, got {type(x).__name__}")
+    return tuple(shape)
 
 
-def _default_workspace(core, query_starts, seq_lens, query_heads: int):
-    starts, lengths = _values(query_starts), _values(seq_lens)
-    if any(isinstance(x, list) for x in starts + lengths):
-        raise ValueError("seq_lens and query_starts must have one axis")
-    tokens, longest = max(starts, default=0), max(lengths, default=0)
-    return _own_workspace(
-        _core.workspace_bytes(core, max(0, int(tokens)), len(lengths), query_heads, max(0, int(longest)), None)
-    )
+def _lengths(seq_lens) -> list[int]:
+    if len(_shape("seq_lens", seq_lens)) != 1:
+        raise ValueError("seq_lens must have one axis")
+    try:
+        return [int(length) for length in seq_lens.tolist()]
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise TypeError(f"seq_lens must be an int32 array in this machine's memory: {error}") from error
+
+
+def _default_workspace(core, block_table, seq_lens, rows, query_heads: int):
+    lengths, tokens = _lengths(seq_lens), _shape("k, v and q", rows)[0]
+    # No longer than the table allows: the library refuses what is longer, after this buffer is made.
+    longest = min(max(lengths, default=0), _shape("block_table", block_table)[-1] * core.page_tokens)
+    return _own_workspace(_core.workspace_bytes(core, tokens, len(lengths), query_heads, max(0, longest), None))
 
 
 def _own_workspace(size: int):

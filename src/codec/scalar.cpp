@@ -35,7 +35,10 @@ int64_t rotate_raw(const void* in, kvarn_dtype dtype, int head_dim, uint16_t* ou
     replaced += codec::sanitize(x[d]);
   }
   codec::rotate(x, head_dim);
-  for (int d = 0; d < head_dim; ++d) out[d] = format::float_to_f16_saturating(x[d]);
+  for (int d = 0; d < head_dim; ++d) {
+    const uint16_t half = format::float_to_f16_saturating(x[d]);
+    out[d] = half == 0x8000 ? 0 : half;  // a zero has no sign
+  }
   return replaced;
 }
 

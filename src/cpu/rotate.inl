@@ -44,7 +44,9 @@ static int64_t rotate_raw(const void* in, kvarn_dtype dtype, int head_dim, uint1
     x[i] = select(ordered(raw), f16_range(raw), set(0.0f));
   }
   rotate_vectors(x, head_dim);
-  for (int i = 0; i < head_dim / 16; ++i) store_f16(out + 16 * i, f16_range(x[i]));
+  const F vanishing = set(0x1p-25f);  // rounds to a zero, which must not keep its sign
+  for (int i = 0; i < head_dim / 16; ++i)
+    store_f16(out + 16 * i, select(less(vanishing, abs(x[i])), f16_range(x[i]), set(0.0f)));
   return head_dim - kept;
 }
 

@@ -37,7 +37,7 @@ def hashed(count: int, seed: int) -> np.ndarray:
 
 
 def golden_input(head_dim: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """k, v float32 [tokens][1][head_dim] as append takes them; element (t, d) starts as hashed element t * head_dim + d.
+    """k, v float32 [tokens][1][head_dim] as append takes them; (t, d) starts as hashed element t * head_dim + d.
 
     k has seed 1, v has seed 2. Then, as in real models: channel 5 of k is multiplied by 8 and gets 24 added, every
     token with t % 7 == 3 is doubled in both, and token 0 (the attention sink) is divided by 16 in both.
