@@ -42,9 +42,16 @@ struct Problem {
   return sum;
 }
 
+// Bytes 0 1 2 3 of every word as 0 2 1 3, which both orders want of their operand.
+[[gnu::always_inline]] inline __m512i word_order(__m512i x) {
+  return _mm512_shuffle_epi8(
+      x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)));
+}
+
 // Ours: a line is 16 tokens x 4 channels in each nibble; the lanes are tokens, nothing is left to reduce.
 struct Ours {
   alignas(64) uint8_t bytes[8192] = {};
+  alignas(64) int8_t q[kColumns * kLimbs][kChannels];
   explicit Ours(const Problem& p) {
     const auto plane = kvarn::format::make_plane(kTokens, kChannels, 4, 0);
     for (int t = 0; t < kTokens; ++t)
@@ -54,7 +61,13 @@ struct Ours {
             static_cast<uint8_t>(bytes[at.byte] | p.codes[static_cast<size_t>(t * kChannels + d)] << at.bit);
       }
   }
-  void run(const Problem& p, int32_t* out) const {
+  void order(const Problem& p) {  // part of a product: the operand's bytes as the word's
+    for (int c = 0; c < kColumns * kLimbs; ++c)
+      for (int d = 0; d < kChannels; d += 64)
+        _mm512_store_si512(q[c] + d, word_order(_mm512_load_si512(&p.q[c / kLimbs][c % kLimbs][d])));
+  }
+  void run(const Problem& p, int32_t* out) {
+    order(p);
     const __m512i mask = _mm512_set1_epi8(15);
     for (int block = 0; block < 4; ++block) {
       __m512i sums[2][kColumns * kLimbs];
@@ -69,7 +82,7 @@ struct Ours {
 #pragma GCC unroll 8
           for (int c = 0; c < kColumns * kLimbs; ++c) {
             int32_t quad;
-            std::memcpy(&quad, &p.q[c / kLimbs][c % kLimbs][4 * (step + i)], 4);
+            std::memcpy(&quad, &q[c][4 * (step + i)], 4);
             sums[0][c] = dot(sums[0][c], low, _mm512_set1_epi32(quad));
             sums[1][c] = dot(sums[1][c], high, _mm512_set1_epi32(quad));
           }
@@ -99,15 +112,16 @@ struct DesignA {
             static_cast<uint8_t>(bytes[byte + bit / 8] | p.codes[static_cast<size_t>(t * kChannels + d)] << bit % 8);
       }
   }
-  void order(const Problem& p) {  // part of a product: the operand belongs to a query and a tile
+  void order(const Problem& p) {  // part of a product: lane (tig, ks) takes channels 32 tig + 4 (4 half + ks) and on
     for (int c = 0; c < kColumns * kLimbs; ++c)
-      for (int half = 0; half < 2; ++half)
-        for (int lane = 0; lane < 16; ++lane) {
-          // bytes of a sorted word: channels (lo, khi) = 00, 01, 10, 11, which is d + 0, 2, 1, 3
-          const int8_t* from = &p.q[c / kLimbs][c % kLimbs][32 * (lane / 4) + 4 * (4 * half + lane % 4)];
-          int8_t* to = &q[c][half][4 * lane];
-          to[0] = from[0], to[1] = from[2], to[2] = from[1], to[3] = from[3];
-        }
+      for (int half = 0; half < 2; ++half) {
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        const int8_t* from = p.q[c / kLimbs][c % kLimbs];
+        const __m512i words =
+            _mm512_permutex2var_epi32(_mm512_load_si512(from), _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * half)),
+                                      _mm512_load_si512(from + 64));
+        _mm512_store_si512(q[c][half], word_order(words));
+      }
   }
   // The lane sums of 16 vectors at once, of x[i] in lane i: 15 times two blends, an exchange and an addition.
   template <int h>

@@ -18,6 +18,7 @@ static void pack(const uint8_t* codes, int rows, int columns, int bits, uint8_t*
               const int row = 16 * (block * plane.row_fields + r) + slot, column = 4 * (step * plane.column_fields + c);
               uint32_t four;
               __builtin_memcpy(&four, codes + row * columns + column, 4);
+              four = (four & 0xff0000ffu) | ((four & 0xff00u) << 8) | ((four >> 8) & 0xff00u);  // as format::word_byte
               word |= ((four >> plane.shift) & mask) << (plane.width * (c * plane.row_fields + r));
             }
           __builtin_memcpy(out + 4 * (slot ^ exchange), &word, 4);
@@ -27,7 +28,7 @@ static void pack(const uint8_t* codes, int rows, int columns, int bits, uint8_t*
   }
 }
 
-// Fragment order -> bytes [rows / 16][columns / 4][16 rows][4 columns]: 64 codes in one register, ready for dot.
+// Fragment order -> bytes [rows / 16][columns / 4][16 rows][4 columns as word_byte]: 64 codes in one register, for dot.
 template <int kWidth, int kRowFields, bool kFirst>
 static void unpack_plane(const uint8_t* in, const format::Plane& plane, uint8_t* codes) {
   constexpr int kColumnFields = 8 / kWidth / kRowFields;
@@ -82,12 +83,12 @@ static void expand(const kvarn_layout& layout, const uint8_t* record, float* k, 
   }
   for (int t = 0; t < tokens; ++t) {
     const uint8_t* row = scratch.k_codes + 64 * (t / 16) * (head_dim / 4) + 4 * (t % 16);
-    for (int d = 0; d < head_dim; ++d) codes[d] = row[64 * (d / 4) + d % 4];
+    for (int d = 0; d < head_dim; ++d) codes[d] = row[64 * (d / 4) + format::word_byte(d)];
     for (int d = 0; d < head_dim; d += 16) {
       const F s = load_f16(section(record, layout.k_scale) + d), z = load_f16(section(record, layout.k_zero) + d);
       store(k + t * head_dim + d, (load(codes + d) * s + z) * set(token[t]));
     }
-    const uint8_t* column = scratch.v_codes + 64 * (t / 4) + t % 4;
+    const uint8_t* column = scratch.v_codes + 64 * (t / 4) + format::word_byte(t);
     for (int d = 0; d < head_dim; ++d) codes[d] = column[64 * (d / 16) * (tokens / 4) + 4 * (d % 16)];
     for (int d = 0; d < head_dim; d += 16) {
       const F c = load_f16(section(record, layout.v_channel) + d);

@@ -25,8 +25,8 @@ KVARN_INLINE void make_operand(const float* values, int n, Operand& out) {
   for (int i = 0; i < n; i += 16) {
     const I fixed = to_int(max(min(load(values + i) * inverse, limit), set(-kFixedPoint)));
     const I high = shift_right_signed(add(fixed, set(64)), 7);
-    store_lanes_i8(out.high + i, high);
-    store_lanes_i8(out.low + i, sub(fixed, shift_left(high, 7)));
+    store_words_i8(out.high + i, high);
+    store_words_i8(out.low + i, sub(fixed, shift_left(high, 7)));
   }
 }
 

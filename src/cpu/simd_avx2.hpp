@@ -100,14 +100,17 @@ KVARN_INLINE void store_bytes(void* p, I x) {
   _mm256_storeu_si256(q, x.a), _mm256_storeu_si256(q + 1, x.b);
 }
 KVARN_INLINE I exchange_halves(I x) { return {x.b, x.a}; }
-KVARN_INLINE void store_lanes_u8(uint8_t* p, I x) {
+KVARN_INLINE __m128i narrow(I x) {  // lanes of 0 to 255 to bytes
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
-  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
-KVARN_INLINE void store_lanes_i8(int8_t* p, I x) {
-  const I low = {_mm256_and_si256(x.a, _mm256_set1_epi32(255)), _mm256_and_si256(x.b, _mm256_set1_epi32(255))};
-  store_lanes_u8(reinterpret_cast<uint8_t*>(p), low);
+KVARN_INLINE void store_lanes_u8(uint8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x)); }
+// 16 lanes as signed bytes, each four of them in the order of a word's columns (format::word_byte).
+KVARN_INLINE void store_words_i8(int8_t* p, I x) {
+  const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+  const __m128i bytes =
+      narrow({_mm256_and_si256(x.a, _mm256_set1_epi32(255)), _mm256_and_si256(x.b, _mm256_set1_epi32(255))});
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(bytes, order));
 }
 KVARN_INLINE F load_u8(const uint8_t* p) {
   const __m128i bytes = half(p);

@@ -72,7 +72,11 @@ KVARN_INLINE I exchange_halves(I x) { return _mm512_shuffle_i64x2(x, x, 0x4e); }
 KVARN_INLINE void store_lanes_u8(uint8_t* p, I x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
-KVARN_INLINE void store_lanes_i8(int8_t* p, I x) { store_lanes_u8(reinterpret_cast<uint8_t*>(p), x); }
+// 16 lanes as signed bytes, each four of them in the order of a word's columns (format::word_byte).
+KVARN_INLINE void store_words_i8(int8_t* p, I x) {
+  const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(x), order));
+}
 KVARN_INLINE F load_u8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }

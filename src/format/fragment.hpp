@@ -51,6 +51,10 @@ constexpr Planes make_planes(int rows, int columns, int bits) {
 // then touches every shared-memory bank once.
 constexpr bool halves_exchanged(int step) { return (step & 2) != 0; }
 
+// Which byte of its word a column takes: columns 0 1 2 3 lie as 0 2 1 3, so that a GPU's pairs of 16-bit values, bytes
+// 0 and 2 or 1 and 3, are adjacent columns.
+constexpr int word_byte(int column) { return 2 * (column % 2) + column / 2 % 2; }
+
 struct CodePlace {
   int64_t byte;  // inside the plane
   int bit;
@@ -61,8 +65,7 @@ constexpr CodePlace code_place(const Plane& p, int row, int column) {
   const int step = column / (kWordColumns * p.column_fields), field_c = column / kWordColumns % p.column_fields;
   const int place = slot ^ (halves_exchanged(step) ? 8 : 0);
   const int64_t line = int64_t{block} * p.steps + step;
-  return {kLineBytes * line + kWordColumns * place + column % kWordColumns,
-          p.width * (field_c * p.row_fields + field_r)};
+  return {kLineBytes * line + kWordColumns * place + word_byte(column), p.width * (field_c * p.row_fields + field_r)};
 }
 
 static_assert(make_plane(128, 128, 4, 0).row_fields == 2 && make_plane(80, 128, 2, 0).column_fields == 4);

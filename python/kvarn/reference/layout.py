@@ -73,7 +73,7 @@ def _fragment_sources(rows: int, columns: int, width: int) -> np.ndarray:
     fc = fields // fr
     r, c = np.indices((rows, columns))
     block, field_r, slot = r // (16 * fr), r // 16 % fr, r % 16
-    step, field_c, byte = c // (4 * fc), c // 4 % fc, c % 4
+    step, field_c, byte = c // (4 * fc), c // 4 % fc, 2 * (c % 2) + c // 2 % 2
     line = block * (columns // (4 * fc)) + step
     offset = 64 * line + 4 * (slot ^ np.where(step % 4 >= 2, 8, 0)) + byte
     sources = np.full((fields, rows * columns * width // 8), -1)
