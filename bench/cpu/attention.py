@@ -49,7 +49,9 @@ def kvarn_call(preset: str, requests: int, tokens: int, q: torch.Tensor):
     generator = np.random.default_rng(1)
     per_request = tokens // layout.page_tokens + layout.pages_ahead
     pages = torch.zeros(requests * per_request, layout.page_bytes, dtype=torch.uint8)
-    table = torch.from_numpy(generator.permutation(requests * per_request).astype(np.int32).reshape(requests, per_request))
+    table = torch.from_numpy(
+        generator.permutation(requests * per_request).astype(np.int32).reshape(requests, per_request)
+    )
     chunk = 2048
     for request in range(requests):
         for start in range(0, tokens, chunk):
@@ -60,9 +62,16 @@ def kvarn_call(preset: str, requests: int, tokens: int, q: torch.Tensor):
     lengths = torch.full((requests,), tokens, dtype=torch.int32)
     starts = torch.arange(requests + 1, dtype=torch.int32)
     out = torch.empty_like(q)
+    size = kvarn.workspace_bytes(layout, requests, requests, HEADS, tokens)
+    workspace = torch.empty(size + 63, dtype=torch.uint8)
+    workspace = workspace[-workspace.data_ptr() % 64 :][:size]
     # The last token of each request stands in its packed tile's raw room too; attend reads its own tile raw.
-    run = lambda: kvarn.attend(layout, pages, table, lengths, starts, q, scale=SCALE, out=out)  # noqa: E731
-    k, v = (kvarn.rotate(x).view(requests, tokens, KV_HEADS, HEAD_DIM) for x in kvarn.expand(layout, pages, table, lengths))
+    run = lambda: kvarn.attend(  # noqa: E731
+        layout, pages, table, lengths, starts, q, scale=SCALE, out=out, workspace=workspace
+    )
+    k, v = (
+        kvarn.rotate(x).view(requests, tokens, KV_HEADS, HEAD_DIM) for x in kvarn.expand(layout, pages, table, lengths)
+    )
     own = layout.page_tokens * ((tokens - 1) // layout.page_tokens)
     raw_k, raw_v = raw_tiles(layout, pages, table, own, tokens)
     k[:, own:], v[:, own:] = kvarn.rotate(raw_k), kvarn.rotate(raw_v)
@@ -101,7 +110,9 @@ def vllm_call(requests: int, tokens: int, q: torch.Tensor):
     table = torch.randperm(requests * per_request).int().view(requests, per_request)
     k, v = (torch.randn(requests, tokens, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(2))
     slots = (table.long()[:, :, None] * block + torch.arange(block)).view(-1)
-    ops.cpu_attn_reshape_and_cache(k.view(-1, KV_HEADS, HEAD_DIM), v.view(-1, KV_HEADS, HEAD_DIM), k_cache, v_cache, slots, isa)
+    ops.cpu_attn_reshape_and_cache(
+        k.view(-1, KV_HEADS, HEAD_DIM), v.view(-1, KV_HEADS, HEAD_DIM), k_cache, v_cache, slots, isa
+    )
     lengths = torch.full((requests,), tokens, dtype=torch.int32)
     starts = torch.arange(requests + 1, dtype=torch.int32)
     plan = ops.cpu_attn_get_scheduler_metadata(

@@ -40,7 +40,9 @@ def worker(arguments) -> None:
         enforce_eager=True, enable_prefix_caching=False, max_num_seqs=arguments.requests, disable_log_stats=True,
         max_num_batched_tokens=4096,
     )  # fmt: skip
-    batch = [TokensPrompt(prompt_token_ids=ids) for ids in prompts(arguments.model, arguments.requests, arguments.context)]
+    batch = [
+        TokensPrompt(prompt_token_ids=ids) for ids in prompts(arguments.model, arguments.requests, arguments.context)
+    ]
 
     def generate(tokens: int):
         start = time.perf_counter()
@@ -91,7 +93,9 @@ def main() -> None:
     base = results[arguments.kv[0]]
     for kv, runs in results.items():
         best = min(runs, key=lambda r: r["step_ms"])
-        pairs = [(a, b) for x, y in zip(base[0]["tokens"], runs[0]["tokens"], strict=True) for a, b in zip(x, y, strict=True)]
+        pairs = [
+            (a, b) for x, y in zip(base[0]["tokens"], runs[0]["tokens"], strict=True) for a, b in zip(x, y, strict=True)
+        ]
         line = {
             "date": datetime.date.today().isoformat(), "commit": commit, "machine": platform.machine(), "bench": "serve_decode",
             "model": Path(arguments.model).name, "kv": kv, "shape": f"{arguments.requests}x{arguments.context}",

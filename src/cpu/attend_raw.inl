@@ -83,11 +83,15 @@ static void attend_raw(const kvarn_layout& layout, const RawTile& raw, const int
   const int head_dim = layout.head_dim;
   int tokens = 0;
   for (int c = 0; c < columns.count; ++c) tokens = visible[c] > tokens ? visible[c] : tokens;
-  for (int t = 0; t < tokens; ++t)
+  constexpr int kAhead = 16;  // tokens; raw rows come from memory, at 32 cycles a token
+  for (int t = 0; t < tokens; ++t) {
+    const int later = t + kAhead < tokens ? t + kAhead : t;
+    for (int d = 0; d < head_dim; d += 32) __builtin_prefetch(raw.k[later] + d), __builtin_prefetch(raw.v[later] + d);
     for (int d = 0; d < head_dim; d += 16) {
       store(scratch.k + t * head_dim + d, load_f16(raw.k[t] + d));
       store(scratch.v + t * head_dim + d, load_f16(raw.v[t] + d));
     }
+  }
   int c = 0;
   for (; c + kColumnBlock <= columns.count; c += kColumnBlock)
     attend_raw_columns<kColumnBlock>(columns, c, visible, head_dim, cap, scratch);

@@ -35,6 +35,13 @@ struct Attend {
     return static_cast<uint8_t*>(out.data) + element * (out.dtype == KVARN_FLOAT32 ? 4 : 2);
   }
 
+  // A segment's first record is on its way while the queries are rotated; each later one is fetched by the one before.
+  void prefetch_first(const RowBlock& block, int32_t head, int32_t segment) const {
+    if (segment * kSegmentTiles >= block.tile) return;
+    const uint8_t* record = step.region(block.request, segment * kSegmentTiles, head);
+    for (int64_t i = 0; i < step.layout.record_bytes; i += 64) __builtin_prefetch(record + i);
+  }
+
   void load_queries(const RowBlock& block, int32_t head, Scratch& scratch, bool* finite) const {
     const int32_t head_dim = step.layout.head_dim;
     for (int32_t c = 0; c < columns(block); ++c)
@@ -75,6 +82,7 @@ struct Attend {
 
   void run_whole(const RowBlock& block, int32_t head, Scratch& scratch) const {
     bool finite[kMaxColumns];
+    prefetch_first(block, head, 0);
     load_queries(block, head, scratch, finite);
     const Columns total = total_of(block, scratch);
     const Columns part{total.count, scratch.q, scratch.out, scratch.state[2], scratch.state[3]};
@@ -152,6 +160,7 @@ void attend(const Step& step, const Workspace& workspace, const AttendPlan& plan
     if (segment >= run.segments(block)) return;
     Scratch& scratch = workspace.scratch(thread);
     bool finite[kMaxColumns];
+    run.prefetch_first(block, head, segment);
     run.load_queries(block, head, scratch, finite);
     run.run_segment(block, head, segment, finite, run.stored_part(index, block, scratch.q), scratch);
   });
