@@ -1,8 +1,8 @@
 """One decode row per request: kvarn's attend beside vLLM's own CPU attention operator and torch's, in one run.
 
-    OMP_NUM_THREADS=2 python bench/cpu/attention.py [--presets kvarn_k4v2_g128 ...] [--out bench/results/cpu-attention.jsonl]
+    OMP_NUM_THREADS=2 python bench/cpu/attention.py [--presets kvarn_k4v2_g128 ...] [--out file]
 
-Every answer is checked against float64 attention over the same (dequantized, or bfloat16) cache before anything is timed.
+Every answer is checked against float64 attention over the same (dequantized, or bfloat16) cache before it is timed.
 Timings interleave the contenders round by round, so that a ratio comes from the same minutes; medians are reported.
 Prints and appends one JSON object a line: shape, microseconds, bytes read, byte products, percent of the measured read
 bandwidth, and each rival's microseconds.
@@ -18,10 +18,9 @@ import subprocess
 import time
 from pathlib import Path
 
+import kvarn
 import numpy as np
 import torch
-
-import kvarn
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SHAPES = [(1, 8192), (4, 8192), (8, 2048), (1, 32768)]
@@ -170,13 +169,24 @@ def main() -> None:
         rivals = {name: round(us[name], 1) for name in ("vllm_bf16", "sdpa_bf16")}
         for preset, (read, error) in facts.items():
             line = {
-                "date": datetime.date.today().isoformat(), "commit": commit, "machine": platform.processor() or platform.machine(),
-                "target": kvarn.target(), "threads": torch.get_num_threads(), "bench": "attend", "preset": preset,
-                "shape": f"{requests}x{tokens} {HEADS}/{KV_HEADS} D{HEAD_DIM}", "us": round(us[preset], 1), "bytes": read,
-                "byte_products": 2 * 2 * requests * tokens * HEADS * HEAD_DIM, "read_gbps": round(read / us[preset] / 1e3, 2),
-                "percent_of_read": round(100 * read / us[preset] * 1e6 / bandwidth, 1), "ceiling_gbps": round(bandwidth / 1e9, 1),
-                "relative_error": float(f"{error:.2g}"), "rivals": rivals, "times_vllm": round(us["vllm_bf16"] / us[preset], 2),
-            }  # fmt: skip
+                "date": datetime.date.today().isoformat(),
+                "commit": commit,
+                "machine": platform.processor() or platform.machine(),
+                "target": kvarn.target(),
+                "threads": torch.get_num_threads(),
+                "bench": "attend",
+                "preset": preset,
+                "shape": f"{requests}x{tokens} {HEADS}/{KV_HEADS} D{HEAD_DIM}",
+                "us": round(us[preset], 1),
+                "bytes": read,
+                "byte_products": 2 * 2 * requests * tokens * HEADS * HEAD_DIM,
+                "read_gbps": round(read / us[preset] / 1e3, 2),
+                "percent_of_read": round(100 * read / us[preset] * 1e6 / bandwidth, 1),
+                "ceiling_gbps": round(bandwidth / 1e9, 1),
+                "relative_error": float(f"{error:.2g}"),
+                "rivals": rivals,
+                "times_vllm": round(us["vllm_bf16"] / us[preset], 2),
+            }
             print(json.dumps(line), flush=True)
             with arguments.out.open("a") as out:
                 out.write(json.dumps(line) + "\n")

@@ -1,9 +1,9 @@
 """Decode throughput of stock vLLM on this CPU: 8 concurrent requests of 2,048 tokens, one KV cache dtype after another.
 
-    python bench/serve/decode.py [--model FOLDER] [--kv auto kvarn_k4v2_g128] [--requests 8] [--context 2048] [--new 65]
+    python bench/serve/decode.py [--model FOLDER] [--kv auto kvarn_k4v2_g128] [--requests 8] [--context 2048]
 
-Each dtype runs in a process of its own, in turns over the rounds; a step's time is (time for `new` tokens - time for one)
-/ (new - 1), so prefill is left out. Both answers are compared token by token. Appends one JSON object a line to --out.
+Each dtype runs in a process of its own, in turns over the rounds; a step's time is (time for `new` tokens - time for
+one) / (new - 1), so prefill is left out. Both answers are compared token by token. Appends one JSON object a line to --out.
 """
 
 from __future__ import annotations
@@ -93,17 +93,26 @@ def main() -> None:
     base = results[arguments.kv[0]]
     for kv, runs in results.items():
         best = min(runs, key=lambda r: r["step_ms"])
-        pairs = [
-            (a, b) for x, y in zip(base[0]["tokens"], runs[0]["tokens"], strict=True) for a, b in zip(x, y, strict=True)
+        same = [
+            x == y
+            for ours, theirs in zip(base[0]["tokens"], runs[0]["tokens"], strict=True)
+            for x, y in zip(ours, theirs, strict=True)
         ]
         line = {
-            "date": datetime.date.today().isoformat(), "commit": commit, "machine": platform.machine(), "bench": "serve_decode",
-            "model": Path(arguments.model).name, "kv": kv, "shape": f"{arguments.requests}x{arguments.context}",
-            "step_ms": round(best["step_ms"], 2), "tokens_per_second": round(1e3 * arguments.requests / best["step_ms"], 1),
-            "prefill_s": round(min(r["prefill_s"] for r in runs), 2), "steps_ms": [round(r["step_ms"], 2) for r in runs],
-            "same_tokens_percent": round(100 * sum(a == b for a, b in pairs) / len(pairs), 1),
+            "date": datetime.date.today().isoformat(),
+            "commit": commit,
+            "machine": platform.machine(),
+            "bench": "serve_decode",
+            "model": Path(arguments.model).name,
+            "kv": kv,
+            "shape": f"{arguments.requests}x{arguments.context}",
+            "step_ms": round(best["step_ms"], 2),
+            "tokens_per_second": round(1e3 * arguments.requests / best["step_ms"], 1),
+            "prefill_s": round(min(r["prefill_s"] for r in runs), 2),
+            "steps_ms": [round(r["step_ms"], 2) for r in runs],
+            "same_tokens_percent": round(100 * sum(same) / len(same), 1),
             "times_" + arguments.kv[0]: round(min(r["step_ms"] for r in base) / best["step_ms"], 3),
-        }  # fmt: skip
+        }
         print(json.dumps(line), flush=True)
         with arguments.out.open("a") as out:
             out.write(json.dumps(line) + "\n")

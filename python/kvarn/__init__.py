@@ -8,10 +8,11 @@ Four verbs over pages that the caller owns, for numpy arrays and torch CPU tenso
     out = kvarn.attend(layout, pages, block_table, seq_lens, query_starts, q, scale=128**-0.5)
 
 Shapes of a step: block_table int32 [requests, width], seq_lens int32 [requests] (this step's tokens included),
-query_starts int32 [requests + 1], k and v [tokens, kv_heads, head_dim], q and out [tokens, query_heads, head_dim], each in
-float32, float16 or bfloat16. A request with seq_len 0 takes no part. A request of L tokens needs ceil(L / page_tokens)
-+ pages_ahead entries of its row. ValueError, TypeError and IndexError say what was given and what is allowed; nothing is
-written before every argument is checked. Threads are OpenMP's (torch.set_num_threads, OMP_NUM_THREADS).
+query_starts int32 [requests + 1], k and v [tokens, kv_heads, head_dim], q and out [tokens, query_heads, head_dim], in
+float32, float16 or bfloat16; last axes contiguous. A request with seq_len 0 takes no part. A request of L tokens needs
+ceil(L / page_tokens) + pages_ahead entries of its row. ValueError, TypeError and IndexError say what was given and what
+is allowed; nothing is written before every argument is checked. Threads are OpenMP's (torch.set_num_threads,
+OMP_NUM_THREADS).
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def attend(
     q      [tokens, query_heads, head_dim]; query head h reads KV head h // (query_heads // kv_heads), ratio 1 .. 64
     scale  of the scores;  soft_cap: 0 (off), or scores become soft_cap * tanh(score / soft_cap)
     out    like q, written in place; None: a new array of q's kind and dtype
-    Returns out. A row's bits depend on its own request's tokens only. A query with NaN or infinity gives NaN in its row.
+    Returns out. A row's bits depend on its own request's tokens only. A query with NaN or infinity makes its row NaN.
     """
     core = _layout(layout)
     if out is None:

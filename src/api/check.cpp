@@ -55,7 +55,8 @@ kvarn_status check_batch(const kvarn_layout& layout, const kvarn_batch* batch, b
   if (batch->requests > 0 && (batch->seq_lens == nullptr || (batch->block_table == nullptr && batch->table_width > 0)))
     return fail(KVARN_NULL_POINTER, "block_table or seq_lens is null");
   if (with_queries && batch->query_starts == nullptr) return fail(KVARN_NULL_POINTER, "query_starts is null");
-  if (!aligned(batch->block_table, 4) || !aligned(batch->seq_lens, 4) || (with_queries && !aligned(batch->query_starts, 4)))
+  if (!aligned(batch->block_table, 4) || !aligned(batch->seq_lens, 4) ||
+      (with_queries && !aligned(batch->query_starts, 4)))
     return fail(KVARN_MISALIGNED, "block_table, seq_lens and query_starts must be aligned to their int32 elements");
   if (with_queries && batch->query_starts[0] != 0)
     return fail(KVARN_BAD_LENGTH, "query_starts begins with %d; it must begin with 0", batch->query_starts[0]);

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One context through one cache: the scores of every token against the reference."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvarn.quality.attention import Cache, attending
+
+# Rows of logits at a time: 256 x 49,152 float32 are 50 MB.
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per scored token: float32 kld (reference || cache), nll and reference_nll of the text, bool same_top."""
+
+    kld: np.ndarray
+    nll: np.ndarray
+    reference_nll: np.ndarray
+    same_top: np.ndarray
+
+    @classmethod
+    def concatenate(cls, parts: list["Scores"]) -> "Scores":
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+    def save(self, path) -> None:
+        np.savez(path, **{name: getattr(self, name) for name in self.__dataclass_fields__})
+
+    @classmethod
+    def load(cls, path) -> "Scores":
+        with np.load(path) as file:
+            return cls(**{name: file[name] for name in cls.__dataclass_fields__})
+
+
+@torch.inference_mode()
+def hidden_states(model, tokens: np.ndarray, cache: Cache) -> torch.Tensor:
+    """float32 [tokens, hidden]: what goes into the output layer after reading `tokens` with `cache`."""
+    with attending(model, cache):
+        return model.base_model(torch.as_tensor(tokens).unsqueeze(0), use_cache=False).last_hidden_state.squeeze(0)
+
+
+@torch.inference_mode()
+def compare(model, reference: torch.Tensor, hidden: torch.Tensor, tokens: np.ndarray, first: int) -> Scores:
+    """Scores of positions first .. len(tokens) - 2: each predicts the token after it.
+
+    reference, hidden  float32 [len(tokens) - 1, hidden] from `hidden_states`
+    """
+    head = model.get_output_embeddings()
+    next_tokens = torch.as_tensor(tokens[1:])
+    parts = []
+    for begin in range(first, len(tokens) - 1, ROWS):
+        rows = slice(begin, min(begin + ROWS, len(tokens) - 1))
+        p, q = (torch.log_softmax(head(states[rows]), dim=-1) for states in (reference, hidden))
+        target = next_tokens[rows].unsqueeze(1)
+        parts.append(
+            Scores(
+                kld=(p.exp() * (p - q)).sum(-1).numpy(),
+                nll=-q.gather(1, target).squeeze(1).numpy(),
+                reference_nll=-p.gather(1, target).squeeze(1).numpy(),
+                same_top=(p.argmax(-1) == q.argmax(-1)).numpy(),
+            )
+        )
+    return Scores.concatenate(parts)

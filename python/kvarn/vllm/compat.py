@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every vLLM name that differs between releases, and how each of our hooks is put in. Probes features, not versions.
+
+Supported: 0.26 to 0.33. To serve another release run `probe` on its sources (tests/vllm/extract_contract.py) and add
+an alternative to the hook that it misses.
+"""
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from . import source
+
+
+class Hook(NamedTuple):
+    name: str
+    found: bool
+    detail: str  # which alternative was found, or what was looked for
+
+
+class Name(NamedTuple):
+    """A name that must exist in a module, with at least these parameters if it is a function."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...] = ()
+
+
+def _names(**modules: str) -> tuple[Name, ...]:
+    """Of modules, named as in _MODULES, each with the names it must have: "NAME Class.field Class.method(argument)"."""
+    return tuple(
+        Name(_MODULES[module], text.partition("(")[0], tuple(filter(None, text.partition("(")[2][:-1].split(","))))
+        for module, texts in modules.items()
+        for text in texts.split()
+    )
+
+
+_MODULES = {
+    "arguments": "vllm.engine.arg_utils",
+    "backend": "vllm.v1.attention.backend",
+    "backends": "vllm.v1.attention.backends.registry",
+    "cache": "vllm.config.cache",
+    "config": "vllm.config.vllm",
+    "layer": "vllm.model_executor.layers.attention.attention",
+    "manager": "vllm.v1.core.single_type_kv_cache_manager",
+    "model": "vllm.config.model",
+    "platform": "vllm.platforms.interface",
+    "registry": "vllm.v1.kv_cache_spec_registry",
+    "runner_2": "vllm.v1.worker.gpu.model_runner",
+    "scheduler": "vllm.config.scheduler",
+    "selector": "vllm.v1.attention.selector",
+    "spec": "vllm.v1.kv_cache_interface",
+    "speculative": "vllm.config.speculative",
+    "torch": "vllm.utils.torch_utils",
+}
+
+# Hook -> alternatives, newest first: what to call it, and the names it needs.
+HOOKS = {
+    "cache dtype": {
+        "register_kv_cache_dtype": _names(cache="register_kv_cache_dtype(name)", torch="STR_DTYPE_TO_TORCH_DTYPE"),
+        "CacheDType literal": _names(cache="CacheDType", arguments="_compute_kwargs", torch="STR_DTYPE_TO_TORCH_DTYPE"),
+    },
+    "configuration check": {
+        "platform": _names(
+            platform="Platform.check_and_update_config(vllm_config)",
+            cache="CacheConfig.cache_dtype CacheConfig.block_size CacheConfig.user_specified_block_size "
+            "CacheConfig.kv_cache_dtype_skip_layers",
+            config="VllmConfig.additional_config VllmConfig.kv_transfer_config VllmConfig.use_v2_model_runner",
+            model="ModelConfig.use_mla ModelConfig.is_hybrid ModelConfig.is_attention_free "
+            "ModelConfig.is_encoder_decoder ModelConfig.get_head_size ModelConfig.get_num_kv_heads "
+            "ModelConfig.get_num_attention_heads ModelConfig.get_sliding_window",
+            scheduler="SchedulerConfig.disable_hybrid_kv_cache_manager",
+            speculative="SpeculativeConfig.method SpeculativeConfig.num_speculative_tokens",
+        )
+    },
+    "backend choice": {
+        "platform, named CUSTOM": _names(
+            platform="Platform.get_attn_backend_cls(attn_selector_config)",
+            backends="AttentionBackendEnum.CUSTOM",
+            selector="AttentionSelectorConfig.kv_cache_dtype AttentionSelectorConfig.head_size "
+            "AttentionSelectorConfig.attn_type AttentionSelectorConfig.use_mla AttentionSelectorConfig.use_sparse "
+            "AttentionSelectorConfig.has_sink AttentionSelectorConfig.use_mm_prefix",
+        )
+    },
+    "cache spec": {
+        "registered by the platform": _names(
+            platform="Platform.register_custom_kv_cache_specs(vllm_config)",
+            registry="KVCacheSpecRegistry.register(manager_class,uniform_type_base_spec)",
+            layer="Attention.get_kv_cache_spec(vllm_config)",
+        )
+    },
+    "pages ahead": {
+        "manager and spec": _names(
+            manager="FullAttentionManager.get_num_blocks_to_allocate(request_id,num_tokens) "
+            "FullAttentionManager.allocate_new_blocks(request_id,num_tokens) "
+            "FullAttentionManager.supports_fine_grained_hash_lookup",
+            spec="FullAttentionSpec.max_num_blocks_per_req(vllm_config,max_len) "
+            "FullAttentionSpec.max_memory_usage_bytes(vllm_config) FullAttentionSpec.merge(specs)",
+        )
+    },
+    "page size": {
+        "head slots of bytes": _names(
+            spec="FullAttentionSpec.num_heads FullAttentionSpec.state_content_size_bytes "
+            "FullAttentionSpec.unpadded_page_size_bytes"
+        ),
+        "real_page_size_bytes": _names(spec="FullAttentionSpec.real_page_size_bytes"),
+    },
+    "cache view": {
+        "from the spec": _names(spec="compute_layer_kv_cache_shape_bytes(spec,num_blocks)"),
+        "get_kv_cache_shape": _names(backend="AttentionBackend.get_kv_cache_shape(cache_dtype_str)"),
+    },
+    "attention": {
+        "impl and builder": _names(
+            backend="AttentionImpl.forward(layer,query,key,value,kv_cache,attn_metadata,output) "
+            "AttentionImpl.__init__(num_heads,head_size,scale,num_kv_heads,kv_cache_dtype,logits_soft_cap) "
+            "AttentionMetadataBuilder.__init__(kv_cache_spec,layer_names,vllm_config,device) "
+            "AttentionMetadataBuilder.build(common_prefix_len,common_attn_metadata,fast_build) "
+            "CommonAttentionMetadata.query_start_loc CommonAttentionMetadata.seq_lens CommonAttentionMetadata.causal "
+            "CommonAttentionMetadata.num_reqs CommonAttentionMetadata.num_actual_tokens "
+            "CommonAttentionMetadata.block_table_tensor CommonAttentionMetadata.slot_mapping"
+        )
+    },
+}
+
+
+@functools.cache
+def probe(root: Path | None = None) -> list[Hook]:
+    """Which hooks a vLLM has, judged by its sources: nothing of it is imported.
+
+    root  the folder that holds the package `vllm`; None: the one that this Python would import
+    """
+    root = root or installed_root()
+    if root is None:
+        return [Hook("vllm", False, "not installed")]
+    return judge(functools.cache(lambda module: source.names_of(root, module) or {}))
+
+
+def judge(names_of) -> list[Hook]:
+    """The same from any source of names: `names_of(module)` -> source.Names."""
+
+    def exists(name: Name) -> bool:
+        try:
+            parameters = source.lookup(names_of(name.module), name.name)
+        except KeyError:
+            return False
+        return not name.parameters or set(name.parameters) <= set(parameters or ())
+
+    def hook(title: str, alternatives: dict[str, tuple[Name, ...]]) -> Hook:
+        for words, names in alternatives.items():
+            if all(map(exists, names)):
+                return Hook(title, True, words)
+        missing = [
+            f"{name.module}.{name.name}" for names in alternatives.values() for name in names if not exists(name)
+        ]
+        return Hook(title, False, "no " + ", no ".join(missing))
+
+    return [hook(title, alternatives) for title, alternatives in HOOKS.items()]
+
+
+def installed_root() -> Path | None:
+    """The folder that holds the installed package `vllm`."""
+    found = importlib.util.find_spec("vllm")
+    return Path(found.origin).parent.parent if found and found.origin else None
+
+
+@functools.cache
+def runner_2_asks_spec(root: Path | None = None) -> bool:
+    """Whether model runner 2 takes the width of a block table row from the spec (0.29 and later)."""
+    root = root or installed_root()
+    return root is not None and source.mentions(root, _MODULES["runner_2"], "max_num_blocks_per_req")
+
+
+def platform_name() -> str:
+    """ "cpu", "cuda", ..."""
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type or "unspecified"
+
+
+def install(presets: tuple[str, ...], hooks) -> None:
+    """Makes this process's vLLM know `presets` and ask `hooks` (the module). Later calls change nothing."""
+    from vllm.platforms import current_platform
+
+    _add_cache_dtypes(presets)
+    platform = type(current_platform)
+
+    def check_and_update_config(inner, vllm_config, *args, **kwargs):
+        inner(vllm_config, *args, **kwargs)  # first: it settles the block size
+        hooks.check_config(vllm_config)
+
+    def get_attn_backend_cls(inner, *args, **kwargs):
+        selector = kwargs["attn_selector_config"] if "attn_selector_config" in kwargs else args[1]
+        return hooks.backend_path(selector) or inner(*args, **kwargs)
+
+    def register_custom_kv_cache_specs(inner, *args, **kwargs):
+        inner(*args, **kwargs)
+        hooks.register_specs()
+
+    for around in (check_and_update_config, get_attn_backend_cls, register_custom_kv_cache_specs):
+        _wrap(platform, around.__name__, around, kind=classmethod)
+
+
+def wrap_layer_spec(layer_spec) -> None:
+    """Every Attention layer answers `layer_spec(layer, its own answer, vllm_config)` when asked for its cache spec."""
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    def get_kv_cache_spec(inner, layer, vllm_config, *args, **kwargs):
+        return layer_spec(layer, inner(layer, vllm_config, *args, **kwargs), vllm_config)
+
+    _wrap(Attention, "get_kv_cache_spec", get_kv_cache_spec)
+
+
+def widen_mixed_rows() -> None:
+    """0.26: a group of unequal layers takes its block table width from none of them; here, from all."""
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    def max_num_blocks_per_req(self, vllm_config, max_len: int) -> int:
+        return max(spec.max_num_blocks_per_req(vllm_config, max_len) for spec in self.kv_cache_specs.values())
+
+    if "max_num_blocks_per_req" not in vars(UniformTypeKVCacheSpecs):
+        UniformTypeKVCacheSpecs.max_num_blocks_per_req = max_num_blocks_per_req
+
+
+def _wrap(owner: type, name: str, around, kind=lambda function: function) -> None:
+    inner = getattr(owner, name)
+    if hasattr(inner, "wrapped_by_kvarn"):
+        return
+    if kind is classmethod:
+
+        def wrapper(cls, *args, **kwargs):
+            return around(inner, *args, **kwargs)
+    else:
+
+        def wrapper(*args, **kwargs):
+            return around(inner, *args, **kwargs)
+
+    functools.update_wrapper(wrapper, inner)
+    wrapper.wrapped_by_kvarn = True
+    setattr(owner, name, kind(wrapper))
+
+
+def _add_cache_dtypes(presets: tuple[str, ...]) -> None:
+    import torch
+    from vllm.config import cache
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    new = tuple(name for name in presets if name not in STR_DTYPE_TO_TORCH_DTYPE)
+    if not new:
+        return
+    if hasattr(cache, "register_kv_cache_dtype"):
+        for name in new:
+            cache.register_kv_cache_dtype(name)(_dtype_handler(name))
+        return
+    from pydantic.dataclasses import rebuild_dataclass
+
+    # One object serves every `from ... import CacheDType`, the choices of the command line and the backend selector.
+    cache.CacheDType.__args__ += new
+    rebuild_dataclass(cache.CacheConfig, force=True)
+    STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(new, torch.uint8))
+    if arguments := sys.modules.get("vllm.engine.arg_utils"):
+        arguments._compute_kwargs.cache_clear()
+
+
+def _dtype_handler(preset: str) -> type:
+    import torch
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    class Handler:
+        name = preset
+
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> KVQuantMode:
+            return KVQuantMode.CUSTOM
+
+    return Handler

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM asks of us, in the order in which it asks. Light to import: the answers load what they need."""
+
+
+def preset_of(vllm_config) -> str | None:
+    """The preset this vLLM was started with, or None if it did not ask for kvarn."""
+    cache_config = getattr(vllm_config, "cache_config", None)
+    name = getattr(cache_config, "cache_dtype", None)
+    return name if isinstance(name, str) and name.startswith("kvarn_") else None
+
+
+def check_config(vllm_config) -> None:
+    """A configuration is complete. Raises refuse.Refused if it cannot be served."""
+    preset = preset_of(vllm_config)
+    if preset is not None:
+        from . import refuse
+
+        refuse.check_config(preset, vllm_config)
+
+
+def backend_path(selector) -> str | None:
+    """Which attention backend serves a layer (an AttentionSelectorConfig): the path of ours, or None for vLLM's."""
+    preset = selector.kv_cache_dtype
+    if not isinstance(preset, str) or not preset.startswith("kvarn_"):
+        return None
+    from . import backend, compat, refuse
+
+    refuse.check_layer(preset, selector)
+    compat.wrap_layer_spec(layer_spec)
+    return backend.path_of(preset)
+
+
+def register_specs() -> None:
+    """vLLM's own cache specs are registered; ours come next."""
+    from . import compat, spec
+
+    spec.register()
+    compat.widen_mixed_rows()
+
+
+def layer_spec(layer, made, vllm_config):
+    """How a layer's pages look: `made` is vLLM's answer, ours is returned."""
+    if preset_of(vllm_config) is None:
+        return made
+    from . import spec
+
+    return spec.of_layer(layer, made, vllm_config)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kvarn cannot serve through vLLM, why, and what to do instead: said at start-up, never ignored.
+
+Most is known from the configuration (LIMITS, which `kvarn doctor` prints). What only a layer of the model shows is
+refused when the layer is built.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import kvarn
+
+from . import compat
+
+ENCODERS = ("weighted", "varnorm")
+# Proposers that look at tokens only. Others bring layers of their own, untested so far.
+DRAFT_METHODS = ("ngram", "suffix")
+USE_16_BIT = "serve this model with --kv-cache-dtype auto"
+
+
+class Refused(ValueError):
+    """vLLM was asked for a preset in a configuration that kvarn cannot serve."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One thing that cannot be served.
+
+    what    in plain words
+    remedy  what to do instead
+    found   (preset, VllmConfig) -> what this configuration has of it, or None
+    """
+
+    what: str
+    remedy: str
+    found: Callable[[str, object], str | None]
+
+
+def check_config(preset: str, config) -> None:
+    """Raises Refused with every reason at once; `config` is a VllmConfig."""
+    reasons = []
+    for limit in LIMITS:
+        if found := limit.found(preset, config):
+            reasons.append(f"{found}; {limit.remedy}")
+            if limit.found is _hooks:  # the other questions may not make sense to this vLLM
+                break
+    if reasons:
+        raise Refused(f"--kv-cache-dtype {preset} cannot be served here:" + "".join(f"\n - {text}" for text in reasons))
+
+
+def check_layer(preset: str, selector) -> None:
+    """Raises Refused if the layer described by vLLM's AttentionSelectorConfig cannot be served."""
+    decoder = str(getattr(selector.attn_type, "value", selector.attn_type)) == "decoder"
+    _refuse_layer(
+        preset,
+        {
+            "multi-head latent attention": selector.use_mla,
+            "sparse attention": selector.use_sparse,
+            "attention sinks": selector.has_sink,
+            "bidirectional prefixes": selector.use_mm_prefix,
+            "attention that is not a decoder's own": not decoder,
+            "a sliding window (try --kv-cache-dtype-skip-layers sliding_window)": getattr(
+                selector, "has_sliding_window", False
+            ),
+            "attention without a causal mask": getattr(selector, "use_non_causal", False),
+        },
+    )
+    kvarn.Layout(preset, head_dim=selector.head_size, kv_heads=1)
+
+
+def check_impl(preset: str, attn_type, **arguments) -> None:
+    """Raises Refused if a layer's constructor got something that the kernels do not compute."""
+    decoder = str(getattr(attn_type, "value", attn_type)) == "decoder"
+    present = {name: not _is_default(value) for name, value in arguments.items()}
+    _refuse_layer(preset, present | {f"attention of type {attn_type}": not decoder})
+
+
+def _is_default(value) -> bool:
+    return value is None or value is False or (isinstance(value, int) and value == -1)
+
+
+def _refuse_layer(preset: str, features: dict[str, bool]) -> None:
+    present = [name for name, is_present in features.items() if is_present]
+    if present:
+        raise Refused(f"--kv-cache-dtype {preset}: a layer of this model has {', '.join(present)}; {USE_16_BIT}")
+
+
+def encoder_of(config) -> str:
+    """The encoder chosen for this server: additional_config["kvarn_encoder"], else $KVARN_ENCODER, else weighted."""
+    additional = config.additional_config if isinstance(config.additional_config, dict) else {}
+    name = additional.get("kvarn_encoder") or os.environ.get("KVARN_ENCODER") or ENCODERS[0]
+    if name not in ENCODERS:
+        raise Refused(f"unknown kvarn encoder {name!r}; allowed are {' and '.join(ENCODERS)}")
+    return name
+
+
+def page_tokens(preset: str) -> int:
+    """Tokens of a tile."""
+    return kvarn.Layout(preset, head_dim=128, kv_heads=1).page_tokens
+
+
+def _hooks(preset, config):
+    missing = [f"{hook.name} ({hook.detail})" for hook in compat.probe() if not hook.found]
+    return f"this vLLM lacks {', '.join(missing)}" if missing else None
+
+
+def _platform(preset, config):
+    name = compat.platform_name()
+    return None if name == "cpu" else f"this is vLLM's {name} platform, and kvarn has kernels for the CPU only so far"
+
+
+def _encoder(preset, config):
+    try:
+        encoder_of(config)
+    except Refused as error:
+        return str(error)
+    return None
+
+
+def _model(attribute: str, words: str):
+    return lambda preset, config: f"the model {words}" if getattr(config.model_config, attribute, False) else None
+
+
+def _heads(preset, config):
+    model, parallel = config.model_config, config.parallel_config
+    if model is None or model.use_mla or model.is_attention_free:
+        return None
+    try:
+        layout = kvarn.Layout(preset, head_dim=model.get_head_size(), kv_heads=model.get_num_kv_heads(parallel))
+    except ValueError as error:
+        return str(error)
+    ratio = model.get_num_attention_heads(parallel) / layout.kv_heads
+    return None if ratio <= 64 else f"the model has {ratio:g} query heads per KV head, and 64 is the most"
+
+
+def _windows(preset, config):
+    if config.model_config is None or config.model_config.get_sliding_window() is None:
+        return None
+    if "sliding_window" not in config.cache_config.kv_cache_dtype_skip_layers:
+        return "the model has sliding-window layers"
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return "the model has sliding-window layers and the hybrid KV cache manager is disabled"
+    return None
+
+
+def _chunked(preset, config):
+    text = getattr(config.model_config, "hf_text_config", None)
+    return "the model has chunked local attention" if getattr(text, "attention_chunk_size", None) else None
+
+
+def _parallel(preset, config):
+    parallel = config.parallel_config
+    sizes = [getattr(parallel, f"{kind}_context_parallel_size", 1) for kind in ("decode", "prefill")]
+    return "context parallelism is on" if max(sizes) > 1 else None
+
+
+def _stages(preset, config):
+    split = config.parallel_config.pipeline_parallel_size > 1 and config.cache_config.kv_cache_dtype_skip_layers
+    return "pipeline parallelism with layers left in 16 bits" if split else None
+
+
+def _block_size(preset, config):
+    cache, tokens = config.cache_config, page_tokens(preset)
+    if not cache.user_specified_block_size or cache.block_size % tokens == 0:  # vLLM's own choice will ask the backend
+        return None
+    return f"--block-size {cache.block_size} is not a multiple of {tokens}"
+
+
+def _drafts(preset, config):
+    drafts, model = config.speculative_config, config.model_config
+    if drafts is None or model is None:
+        return None
+    if drafts.method not in DRAFT_METHODS:
+        return f"speculative method {drafts.method}"
+    if _heads(preset, config) or model.use_mla:
+        return None
+    asked, most = drafts.num_speculative_tokens, kvarn.Layout(preset, model.get_head_size(), 1).raw_tokens_per_page
+    return f"{asked} drafts per step, where a page has room for {most}" if asked > most else None
+
+
+def _connector(preset, config):
+    return "a KV connector is configured" if config.kv_transfer_config is not None else None
+
+
+def _runner(preset, config):
+    return "model runner 2 of this release" if config.use_v2_model_runner and not compat.runner_2_asks_spec() else None
+
+
+LIMITS = (
+    Limit("a vLLM that lacks a hook", "use vLLM 0.26 to 0.33, and see `kvarn doctor`", _hooks),
+    Limit("platforms other than the CPU", "use a CPU build of vLLM", _platform),
+    Limit("unknown encoders", "name one of " + ", ".join(ENCODERS), _encoder),
+    Limit("head sizes and ratios without kernels", USE_16_BIT, _heads),
+    Limit("multi-head latent attention (MLA)", USE_16_BIT, _model("use_mla", "has multi-head latent attention")),
+    Limit("hybrid models with state-space layers", USE_16_BIT, _model("is_hybrid", "mixes attention with state-space")),
+    Limit("encoder-decoder models", USE_16_BIT, _model("is_encoder_decoder", "has cross attention")),
+    Limit("bidirectional prefixes", USE_16_BIT, _model("is_mm_prefix_lm", "attends to its prefix in both directions")),
+    Limit("reference sliding windows", USE_16_BIT, _model("rswa_window", "has reference sliding windows")),
+    Limit("chunked local attention", USE_16_BIT, _chunked),
+    Limit(
+        "quantized sliding windows",
+        "leave these layers in 16 bits: --kv-cache-dtype-skip-layers sliding_window, hybrid KV cache manager enabled",
+        _windows,
+    ),
+    Limit("context parallelism", "use tensor, pipeline or data parallelism", _parallel),
+    Limit("16-bit layers under pipeline parallelism", "pack every layer, or use tensor parallelism", _stages),
+    Limit("blocks that are not whole tiles", "leave --block-size out", _block_size),
+    Limit("too many drafts, or drafts of a model", "use ngram or suffix, with fewer drafts", _drafts),
+    Limit("KV connectors, which may hand over unfinished tiles", "remove --kv-transfer-config", _connector),
+    Limit("model runner 2 before 0.29, whose block table is too narrow", "set VLLM_USE_V2_MODEL_RUNNER=0", _runner),
+)

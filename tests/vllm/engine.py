@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM engine inside the test process, so that a test may reach into it; and what a run of prompts gave."""
+
+import gc
+import logging
+from dataclasses import dataclass
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.triton_utils import dispatcher
+
+PRESET = "kvarn_k4v2_g128"
+COUNTERS = {
+    "hits": "vllm:prefix_cache_hits",
+    "preemptions": "vllm:num_preemptions",
+    "drafted": "vllm:spec_decode_num_draft_tokens",
+    "accepted": "vllm:spec_decode_num_accepted_tokens",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion: its tokens, and the log-probability of each, exact."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, completion) -> "Answer":
+        steps = zip(completion.token_ids, completion.logprobs, strict=True)
+        return cls(tuple(completion.token_ids), tuple(step[token].logprob for token, step in steps))
+
+
+class Engine:
+    """`with Engine(model, ...) as engine:`; options are vLLM's, with these defaults. One thread, in this process."""
+
+    def __init__(self, model, **options):
+        defaults = {
+            "kv_cache_dtype": PRESET,
+            "max_model_len": 1024,
+            "max_num_batched_tokens": 4096,
+            "max_num_seqs": 8,
+            "enable_prefix_caching": False,
+            "num_gpu_blocks_override": 400,
+            "kv_cache_memory_bytes": 1 << 30,
+        }
+        self._options = defaults | options | {"model": str(model), "enforce_eager": True, "disable_log_stats": False}
+
+    def __enter__(self) -> "Engine":
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        self._patch, self._threads = pytest.MonkeyPatch(), torch.get_num_threads()
+        self._patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        self._patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it
+        torch.set_num_threads(1)
+        if dispatcher._registry:
+            # vLLM's search for kernels to override reads every object of every module, and breaks on some of numba's
+            # (drafts import it). One engine per process never gets there; here the first one's overrides hold.
+            self._patch.setattr(dispatcher, "_rebind_kernels", lambda overrides: None)
+        try:
+            self.llm = LLM(**self._options)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        if hasattr(self, "llm"):
+            self.llm.llm_engine.engine_core.shutdown()
+            del self.llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+        self._patch.undo()
+        torch.set_num_threads(self._threads)
+
+    def run(self, prompts: list[list[int]], tokens: int = 70, **sampling) -> list[Answer]:
+        """Completions of token-id prompts, in order; greedy unless `sampling` says otherwise, never ended early."""
+        greedy = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0}
+        params = SamplingParams(**(greedy | sampling))
+        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return [Answer.of(completion) for output in outputs for completion in output.outputs]
+
+    def abort_after(self, prompts: list[list[int]], steps: int) -> None:
+        """Starts all prompts and gives them up together after some steps of the engine."""
+        engine = self.llm.llm_engine
+        names = [f"abandoned-{i}" for i in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(max_tokens=500, ignore_eos=True))
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+
+    def counters(self) -> dict[str, int]:
+        """What vLLM counted since the engine started: COUNTERS."""
+        values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
+        return {short: int(values.get(name, 0)) for short, name in COUNTERS.items()}
+
+
+def first_difference(ours: list[Answer], theirs: list[Answer]) -> str | None:
+    """Where two runs of the same prompts differ, to the bit, or None."""
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if len(a.tokens) != len(b.tokens):
+            return f"answer {index}: {len(a.tokens)} and {len(b.tokens)} tokens"
+        for step, (token, other, logprob, other_logprob) in enumerate(
+            zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=True)
+        ):
+            if (token, logprob) != (other, other_logprob):
+                return f"answer {index}, token {step}: {token} ({logprob!r}) and {other} ({other_logprob!r})"
+    return None

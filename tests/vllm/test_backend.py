@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Specs, the manager and the metadata, without an engine."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import kvarn
+import pytest
+import torch
+from engine import PRESET
+from kvarn.vllm import backend, refuse, spec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
+
+CONFIG = SimpleNamespace(
+    model_config=SimpleNamespace(max_model_len=1000),
+    parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+)
+
+
+def full(head_size=64, kv_heads=3, dtype=torch.uint8, block_size=128) -> FullAttentionSpec:
+    return FullAttentionSpec(block_size=block_size, num_kv_heads=kv_heads, head_size=head_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("preset", ["kvarn_k4v2_g128", "kvarn_k8v4_g128", "kvarn_k4v4_g64"])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("kv_heads", [1, 3, 8])
+def test_a_block_holds_its_pages(preset, head_size, kv_heads):
+    layout = kvarn.Layout(preset, head_dim=head_size, kv_heads=kv_heads)
+    packed = spec.packed(full(head_size, kv_heads), preset)
+    pages = packed.block_size // layout.page_tokens
+    assert 0 <= packed.page_size_bytes - pages * layout.page_bytes < packed.block_size
+    assert packed.page_size_bytes % 16 == 0 and packed.page_size_bytes // pages % 16 == 0
+    assert packed.num_heads * packed.num_states * packed.state_content_size_bytes == packed.page_size_bytes
+    shape = backend.KvarnBackend.get_kv_cache_shape.__func__(
+        SimpleNamespace(preset=preset), 7 * pages, layout.page_tokens, kv_heads, head_size
+    )
+    assert torch.empty(shape, device="meta").numel() == 7 * packed.page_size_bytes
+
+
+@pytest.mark.parametrize("layer", [spec.KvarnSpec, spec.AheadSpec])
+def test_rows_and_memory_count_the_pages_ahead(layer):
+    made = layer.of(spec.packed(full(), PRESET)) if layer is spec.KvarnSpec else layer.of(full(), tokens_ahead=640)
+    assert made.max_num_blocks_per_req(CONFIG, 1000) == 8 + 5
+    assert made.max_num_blocks_per_req(CONFIG, 1024) == 8 + 5
+    assert made.max_num_blocks_per_req(CONFIG, 1025) == 9 + 5
+    assert made.max_memory_usage_bytes(CONFIG) == 13 * made.page_size_bytes
+
+
+def test_merging_keeps_what_vllm_does_not_know():
+    packed = spec.packed(full(), PRESET)
+    assert spec.KvarnSpec.merge([packed, packed]) == packed
+    with pytest.raises(ValueError, match="agree"):
+        spec.KvarnSpec.merge([packed, spec.KvarnSpec.of(packed, tokens_ahead=512)])
+
+
+def test_packed_and_16_bit_layers_share_rows():
+    layers = {
+        name: SimpleNamespace(kv_cache_dtype=dtype, head_size=64)
+        for name, dtype in (("first", "auto"), ("second", PRESET))
+    }
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype=PRESET),
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+    )
+    plain = spec.of_layer(layers["first"], full(dtype=torch.bfloat16), config)
+    packed = spec.of_layer(layers["second"], full(), config)
+    assert type(plain) is spec.AheadSpec and plain.page_size_bytes == full(dtype=torch.bfloat16).page_size_bytes
+    assert type(packed) is spec.KvarnSpec and packed.page_size_bytes == 3 * 7296
+    assert plain.tokens_ahead == packed.tokens_ahead == 640
+    spec.register()
+    group = UniformTypeKVCacheSpecs.from_specs({"first": plain, "second": packed})
+    assert group.max_num_blocks_per_req(CONFIG, 1000) == 13
+
+
+def test_other_kinds_of_layers():
+    config = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=PRESET))
+    window = SlidingWindowSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16, sliding_window=99)
+    assert spec.of_layer(SimpleNamespace(kv_cache_dtype="auto"), window, config) is window
+    assert spec.of_layer(SimpleNamespace(kv_cache_dtype=PRESET), None, config) is None
+    unequal = replace(full(), head_size_v=128)
+    for made in (replace(window, dtype=torch.uint8), unequal):
+        with pytest.raises(refuse.Refused, match=PRESET):
+            spec.packed(made, PRESET)
+
+
+def test_sizes_asked_before_layers_exist():
+    ours = getattr(backend, f"Backend_{PRESET}")
+    assert ours is getattr(backend, f"Backend_{PRESET}") and ours.get_name() == "CUSTOM"
+    assert ours.get_supported_kernel_block_sizes() == [128]
+    per_token = ours.customize_spec(full(block_size=1))
+    assert per_token.page_size_bytes == 3 * 57
+    plain = full(dtype=torch.bfloat16)
+    assert ours.customize_spec(plain) is plain
+    with pytest.raises(AttributeError):
+        backend.Backend_  # noqa: B018
+
+
+def batch(seq_lens, queries, slots) -> SimpleNamespace:
+    starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+    return SimpleNamespace(
+        num_reqs=len(seq_lens),
+        num_actual_tokens=sum(queries) + 3,  # vLLM may pad
+        causal=True,
+        query_start_loc=starts,
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        block_table_tensor=torch.zeros((len(seq_lens) + 2, 9), dtype=torch.int32),
+        slot_mapping=torch.tensor(slots),
+    )
+
+
+def test_dummy_requests_take_no_part():
+    builder = object.__new__(backend.KvarnBuilder)
+    builder.workspace_bytes = 64
+    # A real request, a dummy one with a stale length, a real one, padding without tokens.
+    made = builder.build(0, batch([5, 7, 300, 0], [2, 2, 1, 0], [3, 4, -1, -1, 299]))
+    assert made.seq_lens.tolist() == [5, 0, 300, 0] and made.seq_lens.dtype == torch.int32
+    assert made.query_starts.tolist() == [0, 2, 4, 5, 5]
+    assert made.block_table.shape == (4, 9) and made.num_tokens == 5
+    assert made.workspace.numel() >= 64 and made.workspace.data_ptr() % 64 == 0

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be served is refused before a model runs, with what was found and what to do."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine import PRESET
+from kvarn.vllm import hooks, refuse
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+
+def config(**changes) -> SimpleNamespace:
+    """A configuration that is served, with `changes` ("part__attribute") made to it."""
+    model = SimpleNamespace(
+        use_mla=False,
+        is_hybrid=False,
+        is_attention_free=False,
+        is_encoder_decoder=False,
+        is_mm_prefix_lm=False,
+        rswa_window=None,
+        hf_text_config=SimpleNamespace(),
+        head_size=64,
+        kv_heads=3,
+        query_heads=9,
+        window=None,
+    )
+    model.get_head_size = lambda: model.head_size
+    model.get_num_kv_heads = lambda parallel: model.kv_heads
+    model.get_num_attention_heads = lambda parallel: model.query_heads
+    model.get_sliding_window = lambda: model.window
+    made = SimpleNamespace(
+        model_config=model,
+        cache_config=SimpleNamespace(
+            cache_dtype=PRESET, block_size=128, user_specified_block_size=True, kv_cache_dtype_skip_layers=[]
+        ),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=1
+        ),
+        speculative_config=None,
+        kv_transfer_config=None,
+        additional_config={},
+        use_v2_model_runner=False,
+    )
+    for path, value in changes.items():
+        owner, _, attribute = path.rpartition("__")
+        setattr(getattr(made, owner) if owner else made, attribute, value)
+    return made
+
+
+def drafts(method: str, number: int) -> SimpleNamespace:
+    return SimpleNamespace(method=method, num_speculative_tokens=number)
+
+
+SERVED = [
+    {},
+    {"cache_config__block_size": 640},
+    {"cache_config__block_size": 16, "cache_config__user_specified_block_size": False},
+    {"speculative_config": drafts("ngram", 28)},
+    {"speculative_config": drafts("suffix", 4)},
+    {"additional_config": {"kvarn_encoder": "varnorm"}},
+    {"model_config__window": 512, "cache_config__kv_cache_dtype_skip_layers": ["sliding_window"]},
+    {"model_config": None},
+]
+REFUSED = [
+    ({"model_config__use_mla": True}, "multi-head latent attention"),
+    ({"model_config__is_hybrid": True}, "state-space"),
+    ({"model_config__is_encoder_decoder": True}, "cross attention"),
+    ({"model_config__is_mm_prefix_lm": True}, "both directions"),
+    ({"model_config__rswa_window": 128}, "reference sliding windows"),
+    ({"model_config__hf_text_config": SimpleNamespace(attention_chunk_size=8192)}, "chunked local"),
+    ({"model_config__head_size": 112}, "head_dim"),
+    ({"model_config__query_heads": 195}, "65 query heads per KV head"),
+    ({"model_config__window": 512}, "--kv-cache-dtype-skip-layers sliding_window"),
+    (
+        {
+            "model_config__window": 512,
+            "cache_config__kv_cache_dtype_skip_layers": ["sliding_window"],
+            "scheduler_config__disable_hybrid_kv_cache_manager": True,
+        },
+        "hybrid KV cache manager is disabled",
+    ),
+    ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+    ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+    (
+        {"parallel_config__pipeline_parallel_size": 2, "cache_config__kv_cache_dtype_skip_layers": ["0"]},
+        "pipeline parallelism",
+    ),
+    ({"cache_config__block_size": 64}, "--block-size 64 is not a multiple of 128"),
+    ({"speculative_config": drafts("ngram", 29)}, "29 drafts per step, where a page has room for 28"),
+    ({"speculative_config": drafts("eagle", 2)}, "speculative method eagle"),
+    ({"kv_transfer_config": SimpleNamespace()}, "KV connector"),
+    ({"additional_config": {"kvarn_encoder": "best"}}, "encoder 'best'; allowed are weighted and varnorm"),
+]
+
+
+@pytest.mark.parametrize("changes", SERVED, ids=str)
+def test_served(changes):
+    hooks.check_config(config(**changes))
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_refused(changes, words):
+    with pytest.raises(refuse.Refused) as caught:
+        hooks.check_config(config(**changes))
+    assert words in str(caught.value) and PRESET in str(caught.value)
+
+
+def test_every_reason_at_once():
+    with pytest.raises(refuse.Refused) as caught:
+        hooks.check_config(config(model_config__use_mla=True, kv_transfer_config=SimpleNamespace()))
+    assert str(caught.value).count("\n - ") == 2
+
+
+@pytest.mark.parametrize("changes", [changes for changes, _ in REFUSED], ids=[words for _, words in REFUSED])
+def test_a_vllm_that_did_not_ask_is_left_alone(changes):
+    hooks.check_config(config(**changes, cache_config__cache_dtype="auto"))
+
+
+def test_other_platforms(monkeypatch):
+    monkeypatch.setattr(refuse.compat, "platform_name", lambda: "cuda")
+    with pytest.raises(refuse.Refused, match="cuda platform"):
+        hooks.check_config(config())
+
+
+def test_model_runner_2_with_narrow_rows(monkeypatch):
+    monkeypatch.setattr(refuse.compat, "runner_2_asks_spec", lambda: False)
+    with pytest.raises(refuse.Refused, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        hooks.check_config(config(use_v2_model_runner=True))
+
+
+def test_missing_hook(monkeypatch):
+    hook = refuse.compat.Hook("pages ahead", False, "no FullAttentionManager")
+    monkeypatch.setattr(refuse.compat, "probe", lambda: [hook])
+    with pytest.raises(refuse.Refused, match="lacks pages ahead"):
+        hooks.check_config(config())
+
+
+@pytest.mark.parametrize(
+    ("feature", "words"),
+    [
+        ({"use_mla": True}, "latent"),
+        ({"has_sink": True}, "sinks"),
+        ({"use_sparse": True}, "sparse"),
+        ({"use_mm_prefix": True}, "prefixes"),
+        ({"has_sliding_window": True}, "skip-layers"),
+        ({"use_non_causal": True}, "causal"),
+        ({"attn_type": "encoder_only"}, "decoder"),
+        ({"head_size": 72}, "head_dim"),
+    ],
+)
+def test_layers(feature, words):
+    served = {"head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": PRESET, "block_size": 128}
+    assert hooks.backend_path(AttentionSelectorConfig(**served)).endswith(PRESET)
+    with pytest.raises(ValueError, match=words):
+        hooks.backend_path(AttentionSelectorConfig(**(served | feature)))
+    assert hooks.backend_path(AttentionSelectorConfig(**(served | feature | {"kv_cache_dtype": "auto"}))) is None
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"alibi_slopes": [0.5]},
+        {"sliding_window": 512},
+        {"kv_sharing_target_layer_name": "model.layers.3"},
+        {"sinks": torch.zeros(9)},
+        {"attn_type": "encoder_decoder"},
+    ],
+    ids=str,
+)
+def test_arguments_of_a_layer(argument):
+    served = {"attn_type": "decoder", "alibi_slopes": None, "sliding_window": None, "chunk_lookback": -1}
+    refuse.check_impl(PRESET, **served)
+    with pytest.raises(refuse.Refused, match=PRESET):
+        refuse.check_impl(PRESET, **(served | argument))
+
+
+def test_masks_other_than_causal():
+    from kvarn.vllm.backend import KvarnBuilder
+
+    builder = object.__new__(KvarnBuilder)
+    with pytest.raises(refuse.Refused, match="causal"):
+        builder.build(0, SimpleNamespace(causal=torch.ones(1, dtype=torch.bool)))
+    assert "causal" in CommonAttentionMetadata.__dataclass_fields__
+
+
+def test_a_real_configuration(small_model):
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(model=str(small_model), kv_cache_dtype=PRESET, block_size=96)
+    with pytest.raises(ValueError, match="--block-size 96 is not a multiple of 128; leave --block-size out"):
+        arguments.create_engine_config()
+    with pytest.raises(ValueError, match="kvarn_k5v2_g128"):
+        EngineArgs(model=str(small_model), kv_cache_dtype="kvarn_k5v2_g128").create_engine_config()
