@@ -3,7 +3,7 @@
     python bench/serve/decode.py [--model FOLDER] [--kv auto kvarn_k4v2_g128] [--requests 8] [--context 2048]
 
 Each dtype runs in a process of its own, in turns over the rounds; a step's time is (time for `new` tokens - time for
-one) / (new - 1), so prefill is left out. Both answers are compared token by token. Appends one JSON object a line to --out.
+one) / (new - 1), so prefill is left out. Both answers are compared token by token. Appends JSON lines to --out.
 """
 
 from __future__ import annotations
