@@ -174,7 +174,15 @@ def test_the_page_states_every_row_and_the_verdict():
         for preset in kvarn.presets()
         for encoder, part in parts.items()
     ]
-    facts = {"model": "m", "layers": 30, "head_dim": 64, "kv_heads": 3, "text": "t", "main": "kvarn_k4v2_g128"}
+    facts = {
+        "commit": "c",
+        "model": "m",
+        "layers": 30,
+        "head_dim": 64,
+        "kv_heads": 3,
+        "text": "t",
+        "main": "kvarn_k4v2_g128",
+    }
     page = report.markdown(results, facts)
     for result in results:
         assert f"| {result.setting.name} |" in page

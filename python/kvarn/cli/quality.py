@@ -27,6 +27,8 @@ def run(
 
     # The main preset is compared on at least what all rows have.
     main_contexts = max(contexts, main_contexts)
+    # Asked now: what is committed while this runs was not measured.
+    commit = report.commit()
     folder = smollm2() if model is None else model
     shape = model_config.load(str(folder))
     rows = settings(shape.head_dim, shape.kv_heads, contexts, main, main_contexts)
@@ -48,6 +50,7 @@ def run(
             out.print(f"{row.name}: mean KLD {figures.mean:.5f}, median {figures.median:.5f}", highlight=False)
     origin = folder / "ORIGIN"
     facts = {
+        "commit": commit,
         "model": f"SmolLM2-135M-Instruct ({origin.read_text().strip()})" if origin.is_file() else folder.name,
         "layers": shape.full_layers,
         "head_dim": shape.head_dim,

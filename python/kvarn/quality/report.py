@@ -37,8 +37,7 @@ over blocks of 128 tokens.
 
 The first rows are not kvarn: bf16 is the 16-bit cache; fp8 rounds each value to e4m3, with vLLM's default scale of 1
 and with one scale per layer for K and one for V, taken from the largest value of the same context (ideal calibration).
-An fp8 cache rounds the newest tokens too, where kvarn keeps them raw until their tile is full. That is most of fp8's
-loss: with its own tile raw it would have about a third of it.
+An fp8 cache rounds the newest tokens too, where kvarn keeps them raw until their tile is full. That is part of fp8's loss.
 
 ## The encoders, paired on the same tokens
 
@@ -49,9 +48,9 @@ Goal for {main}: at most {goal_mean} of varnorm's mean KLD and {goal_median} of 
 ## How to read it
 
 - KLD says more than perplexity: it sees every changed prediction, also where the text's own token stays as likely.
-- The mean hangs on rare tokens: 1 % of them carry a fifth to a quarter of it. Compare medians and trimmed means too.
+- The mean hangs on rare tokens: 1 % of them carry a seventh to a quarter of it. Compare medians and trimmed means too.
 - V at 2 bits carries most of k4v2's KLD: the next bits belong to V (k4v3, k4v4), and k8v4 adds what is left of K's.
-- A model of 135M parameters with head_dim 64 is a hard case; expect less loss on larger ones.
+- A model of 135M parameters with head_dim 64 is a hard case.
 """
 
 
@@ -67,7 +66,7 @@ def ratios(results: list[Result]) -> dict[str, tuple[Estimate, Estimate]]:
 
 
 def markdown(results: list[Result], facts: dict) -> str:
-    """The page. `facts`: model, layers, head_dim, kv_heads, text, main (a preset)."""
+    """The page. `facts`: commit, model, layers, head_dim, kv_heads, text, main (a preset)."""
     lines = [
         "| cache | bits per value | tokens | mean KLD | trimmed | median | p99 | p99.9 | same top-1 % | perplexity % |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -86,7 +85,6 @@ def markdown(results: list[Result], facts: dict) -> str:
     return PAGE.format(
         **facts,
         date=date.today().isoformat(),
-        commit=commit(),
         version=kvarn.__version__,
         target=kvarn.target(),
         length=LENGTH,
@@ -110,7 +108,6 @@ def write(results: list[Result], facts: dict, root: Path) -> tuple[Path, Path]:
     described = {
         **facts,
         "date": date.today().isoformat(),
-        "commit": commit(),
         "version": kvarn.__version__,
         "target": kvarn.target(),
         "rows": [
