@@ -6,15 +6,9 @@
 
 #include <cstdint>
 
-namespace kvarn::KVARN_CPU {
+#include "cpu/inline.hpp"
 
-#define KVARN_INLINE [[gnu::always_inline]] inline
-// Accumulators indexed by a loop live in registers only if the loop is gone; -O2 alone keeps it.
-#ifdef __clang__
-#define KVARN_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define KVARN_UNROLL _Pragma("GCC unroll 16")
-#endif
+namespace kvarn::KVARN_CPU {
 
 // Of the integer product: 1 x 2 x 2 limbs of two registers each = 8 of 16 registers accumulate.
 inline constexpr int kRowBlocks = 1, kColumnBlock = 2;
