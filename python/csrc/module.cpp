@@ -240,6 +240,7 @@ std::string target_name(const std::optional<std::string>& name) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  nb::set_leak_warnings(false);  // a process may end while engines still hold layouts
   nb::class_<kvarn_layout>(m, "Layout")
       .def_ro("format_version", &kvarn_layout::format_version)
       .def_ro("k_bits", &kvarn_layout::k_bits)
