@@ -37,7 +37,7 @@ over blocks of 128 tokens.
 
 The first rows are not kvarn: bf16 is the 16-bit cache; fp8 rounds each value to e4m3, with vLLM's default scale of 1
 and with one scale per layer for K and one for V, taken from the largest value of the same context (ideal calibration).
-An fp8 cache rounds the newest tokens too, where kvarn keeps them raw until their tile is full. That is part of fp8's loss.
+An fp8 cache rounds the newest tokens too, where kvarn keeps them raw until their tile is full: part of fp8's loss.
 
 ## The encoders, paired on the same tokens
 
