@@ -101,7 +101,7 @@ kvarn_status check_rows(const char* what, const void* data, kvarn_dtype dtype, i
   if (tokens != want_tokens || (want_heads >= 0 && heads != want_heads))
     return fail(KVARN_BAD_SHAPE, "%s is [%lld, %lld, %d]; this step needs [%lld, %lld, %d]", what, wide(tokens),
                 wide(heads), head_dim, wide(want_tokens), wide(want_heads >= 0 ? want_heads : heads), head_dim);
-  if (!aligned(data, dtype == KVARN_FLOAT32 ? 4 : 2))
+  if (!aligned(data, static_cast<uintptr_t>(element_bytes(dtype))))
     return fail(KVARN_MISALIGNED, "%s is not aligned to its elements", what);
   constexpr int64_t kMost = int64_t{1} << 40;
   if (token_stride < -kMost || token_stride > kMost || head_stride < -kMost || head_stride > kMost)

@@ -181,16 +181,9 @@ extern "C" kvarn_status kvarn_rotate(int32_t head_dim, const kvarn_rows* in, con
   KVARN_TRY(check_executor(executor_of(options)));
   const Kernels* kernels;
   KVARN_TRY(find_target(target_of(options), &kernels));
-  const auto vector = [](auto* data, kvarn_dtype dtype, int64_t element) {
-    return data + element * (dtype == KVARN_FLOAT32 ? 4 : 2);
-  };
   parallel_for(executor_of(options), in->tokens, [&](int64_t t, int32_t) {
     for (int64_t h = 0; h < in->heads; ++h)
-      kernels->rotate(
-          vector(static_cast<const uint8_t*>(in->data), in->dtype, t * in->token_stride + h * in->head_stride),
-          in->dtype, head_dim,
-          vector(static_cast<uint8_t*>(out->data), out->dtype, t * out->token_stride + h * out->head_stride),
-          out->dtype);
+      kernels->rotate(row_at(*in, t, h), in->dtype, head_dim, row_at(*out, t, h), out->dtype);
   });
   return KVARN_OK;
 }

@@ -18,11 +18,6 @@ struct Append {
   const kvarn_rows &k, &v;
   kvarn_encoder encoder;
 
-  static const void* vector(const kvarn_rows& rows, int64_t token, int64_t head) {
-    const int64_t element = token * rows.token_stride + head * rows.head_stride;
-    return static_cast<const uint8_t*>(rows.data) + element * (rows.dtype == KVARN_FLOAT32 ? 4 : 2);
-  }
-
   // Copies the older raw tokens of the first tile away from the pages that this step overwrites.
   void stage(int32_t r, int32_t head) const {
     const int32_t count = step.staged(r), first = step.start(r) - count, head_dim = step.layout.head_dim;
@@ -45,8 +40,8 @@ struct Append {
       uint16_t* to =
           in_pages ? step.raw_k(r, start + i, head) : workspace.row(workspace.row_base()[r] + step.staged(r) + i, head);
       const int64_t v_distance = in_pages ? step.raw_v_distance() : layout.head_dim;
-      replaced += kernels.rotate_raw(vector(k, token, head), k.dtype, layout.head_dim, to);
-      replaced += kernels.rotate_raw(vector(v, token, head), v.dtype, layout.head_dim, to + v_distance);
+      replaced += kernels.rotate_raw(row_at(k, token, head), k.dtype, layout.head_dim, to);
+      replaced += kernels.rotate_raw(row_at(v, token, head), v.dtype, layout.head_dim, to + v_distance);
     }
     return replaced;
   }

@@ -5,6 +5,7 @@
 // folded in order, whether one thread runs them all or several share them: so splitting never changes a bit.
 #include "pages/attend.hpp"
 
+#include <cstring>
 #include <limits>
 
 namespace kvarn {
@@ -24,15 +25,10 @@ struct Attend {
   int32_t segments(const RowBlock& block) const { return block.tile / kSegmentTiles + 1; }
   int32_t columns(const RowBlock& block) const { return block.rows * group(); }
 
-  const void* query(const RowBlock& block, int32_t head, int32_t column) const {
-    const int64_t token = block.first + column / group(), h = int64_t{head} * group() + column % group();
-    const int64_t element = token * q.token_stride + h * q.head_stride;
-    return static_cast<const uint8_t*>(q.data) + element * (q.dtype == KVARN_FLOAT32 ? 4 : 2);
-  }
-  void* output(const RowBlock& block, int32_t head, int32_t column) const {
-    const int64_t token = block.first + column / group(), h = int64_t{head} * group() + column % group();
-    const int64_t element = token * out.token_stride + h * out.head_stride;
-    return static_cast<uint8_t*>(out.data) + element * (out.dtype == KVARN_FLOAT32 ? 4 : 2);
+  // The vector of a column in q or out.
+  template <class Rows>
+  auto* column_of(const Rows& rows, const RowBlock& block, int32_t head, int32_t column) const {
+    return row_at(rows, block.first + column / group(), int64_t{head} * group() + column % group());
   }
 
   // A segment's first record is on its way while the queries are rotated; each later one is fetched by the one before.
@@ -45,7 +41,7 @@ struct Attend {
   void load_queries(const RowBlock& block, int32_t head, Scratch& scratch, bool* finite) const {
     const int32_t head_dim = step.layout.head_dim;
     for (int32_t c = 0; c < columns(block); ++c)
-      finite[c] = kernels.load_query(query(block, head, c), q.dtype, head_dim, factor, scratch.q + c * head_dim);
+      finite[c] = kernels.load_query(column_of(q, block, head, c), q.dtype, head_dim, factor, scratch.q + c * head_dim);
   }
 
   // The chain of one segment, from empty. A query that is not finite makes its own row NaN and nothing else.
@@ -71,7 +67,7 @@ struct Attend {
 
   void finish(const RowBlock& block, int32_t head, const Columns& total) const {
     for (int32_t c = 0; c < total.count; ++c)
-      kernels.finish(total, c, step.layout.head_dim, output(block, head, c), out.dtype);
+      kernels.finish(total, c, step.layout.head_dim, column_of(out, block, head, c), out.dtype);
   }
 
   Columns total_of(const RowBlock& block, Scratch& scratch) const {
@@ -103,15 +99,11 @@ struct Attend {
 
 // Rows that no request owns, or whose request takes no part, are zeros.
 void clear_absent(const Step& step, const kvarn_rows_out& out) {
-  const size_t size = out.dtype == KVARN_FLOAT32 ? 4 : 2;
+  const auto bytes = static_cast<size_t>(step.layout.head_dim * element_bytes(out.dtype));
   for (int32_t r = 0; r < step.batch.requests; ++r) {
     if (step.length(r) > 0) continue;
     for (int64_t t = step.batch.query_starts[r]; t < step.batch.query_starts[r + 1]; ++t)
-      for (int64_t h = 0; h < out.heads; ++h) {
-        uint8_t* row =
-            static_cast<uint8_t*>(out.data) + static_cast<size_t>(t * out.token_stride + h * out.head_stride) * size;
-        std::fill_n(row, static_cast<size_t>(step.layout.head_dim) * size, uint8_t{0});
-      }
+      for (int64_t h = 0; h < out.heads; ++h) std::memset(row_at(out, t, h), 0, bytes);
   }
 }
 

@@ -8,11 +8,6 @@ void expand(const Step& step, Scratch* scratch, const Kernels& kernels, const kv
             const kvarn_rows_out& k, const kvarn_rows_out& v) {
   const kvarn_layout& layout = step.layout;
   const int32_t heads = layout.kv_heads, tokens = layout.page_tokens, head_dim = layout.head_dim;
-  const auto store = [&](const kvarn_rows_out& rows, int64_t token, int32_t head, const float* values) {
-    const int64_t element = token * rows.token_stride + head * rows.head_stride;
-    kernels.store(values, head_dim, static_cast<uint8_t*>(rows.data) + element * (rows.dtype == KVARN_FLOAT32 ? 4 : 2),
-                  rows.dtype);
-  };
   int64_t tiles = 0;
   for (int32_t r = 0; r < step.batch.requests; ++r) tiles += step.tile_of(step.length(r));
   parallel_for(executor, tiles * heads, [&](int64_t index, int32_t thread) {
@@ -24,8 +19,8 @@ void expand(const Step& step, Scratch* scratch, const Kernels& kernels, const kv
     Scratch& own = scratch[thread];
     kernels.expand(layout, step.region(r, static_cast<int32_t>(tile), head), own.k, own.v, own);
     for (int32_t t = 0; t < tokens; ++t) {
-      store(k, out_tile * tokens + t, head, own.k + t * head_dim);
-      store(v, out_tile * tokens + t, head, own.v + t * head_dim);
+      kernels.store(own.k + t * head_dim, head_dim, row_at(k, out_tile * tokens + t, head), k.dtype);
+      kernels.store(own.v + t * head_dim, head_dim, row_at(v, out_tile * tokens + t, head), v.dtype);
     }
   });
 }

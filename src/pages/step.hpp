@@ -46,6 +46,18 @@ struct Step {
   int64_t raw_v_distance() const { return int64_t{layout.raw_tokens_per_page} * layout.head_dim; }
 };
 
+constexpr int64_t element_bytes(kvarn_dtype dtype) { return dtype == KVARN_FLOAT32 ? 4 : 2; }
+
+// The vector of (token, head) in the caller's k, v, q or out.
+inline const void* row_at(const kvarn_rows& rows, int64_t token, int64_t head) {
+  const int64_t element = token * rows.token_stride + head * rows.head_stride;
+  return static_cast<const uint8_t*>(rows.data) + element * element_bytes(rows.dtype);
+}
+inline void* row_at(const kvarn_rows_out& rows, int64_t token, int64_t head) {
+  const int64_t element = token * rows.token_stride + head * rows.head_stride;
+  return static_cast<uint8_t*>(rows.data) + element * element_bytes(rows.dtype);
+}
+
 // The caller's threads, or the calling thread alone.
 template <class Body>
 void parallel_for(const kvarn_executor* executor, int64_t tasks, const Body& body) {
