@@ -46,15 +46,19 @@ KVARN_INLINE void raw_values(const float* v, const float* p, int tokens, int hea
     KVARN_UNROLL
     for (int i = 0; i < kVectors; ++i) values[i] = load(v + t * head_dim + 16 * i);
     KVARN_UNROLL
-    for (int c = 0; c < kCount; ++c) KVARN_UNROLL
-    for (int i = 0; i < kVectors; ++i)
-      parts[c * kVectors + i] = parts[c * kVectors + i] + set(p[c * format::kMaxPageTokens + t]) * values[i];
+    for (int c = 0; c < kCount; ++c) {
+      KVARN_UNROLL
+      for (int i = 0; i < kVectors; ++i)
+        parts[c * kVectors + i] = parts[c * kVectors + i] + set(p[c * format::kMaxPageTokens + t]) * values[i];
+    }
   }
   KVARN_UNROLL
-  for (int c = 0; c < kCount; ++c) KVARN_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    float* to = out + c * head_dim + 16 * i;
-    store(to, load(to) * set(decays[c]) + parts[c * kVectors + i]);
+  for (int c = 0; c < kCount; ++c) {
+    KVARN_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      float* to = out + c * head_dim + 16 * i;
+      store(to, load(to) * set(decays[c]) + parts[c * kVectors + i]);
+    }
   }
 }
 

@@ -58,10 +58,12 @@ struct Accumulators {
   // out: that of the first row of the first block
   KVARN_INLINE void finish(const Operand* operands, float* out, int rows) const {
     KVARN_UNROLL
-    for (int c = 0; c < kCount; ++c) KVARN_UNROLL
-    for (int b = 0; b < kBlocks; ++b) {
-      const F sum = to_float(add(shift_left(high[b * kCount + c], 7), low[b * kCount + c]));
-      store(out + c * rows + 16 * b, sum * set(operands[c].unit));
+    for (int c = 0; c < kCount; ++c) {
+      KVARN_UNROLL
+      for (int b = 0; b < kBlocks; ++b) {
+        const F sum = to_float(add(shift_left(high[b * kCount + c], 7), low[b * kCount + c]));
+        store(out + c * rows + 16 * b, sum * set(operands[c].unit));
+      }
     }
   }
 };
