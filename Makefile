@@ -3,12 +3,14 @@
 #
 #   make demo        stock vLLM with a 16-bit cache and with kvarn, side by side      MODEL=folder or name  KV=dtype
 #   make test        all tests but the slow ones                                      PYTEST=arguments
+#   make test-gpu    the CUDA kernels on this machine's GPU, built for it             PYTEST=arguments
 #   make test-all    the slow ones too, sanitizers, fuzzing                           FUZZ_SECONDS=60
 #   make quality     docs/quality.md on WikiText-2                                    TEXT=file
 #   make bench       the speed tables in bench/results/
 #   make lint        style of Python and C++
 #   make clean       removes build/ (and .venv with it: make distclean)
 #
+# CUDA=ON, OFF or AUTO (where nvcc is found) says whether the package gets CUDA kernels: where there is an NVIDIA device, AUTO.
 # TORCH=, PIP= change what is installed: the package index has torch as a CUDA build, which works and is 2 GB larger than
 # need be; to avoid it, name PyTorch's own index of CPU builds in the environment (PIP_EXTRA_INDEX_URL).
 
@@ -16,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo install test test-all test-cpp test-python sanitize fuzz quality bench lint clean distclean
+.PHONY: help demo install test test-all test-cpp test-gpu test-python sanitize fuzz quality bench lint clean distclean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -25,6 +27,9 @@ MODEL ?=
 TEXT ?= ../shared/data/text/wikitext-2-raw.test.txt
 FUZZ_SECONDS ?= 60
 PYTEST ?=
+CUDA ?= $(if $(wildcard /dev/nvidiactl),AUTO,OFF)
+# What the C++ tests build of the CUDA kernels, where there is nvcc: every source, for a few shapes.
+CUDA_TEST_SHAPES := k4v2_g128_d128;k8v4_g64_d96
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,7 +42,7 @@ CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 SOURCES := $(shell find CMakeLists.txt pyproject.toml README.md cmake include src python -type f -not -name '*.pyc' 2>/dev/null)
 
 help:
-	@sed -n '4,10s/^#   //p' Makefile
+	@sed -n '4,11s/^#   //p' Makefile
 
 demo: $(DONE)/kvarn
 	@$(BIN)/kvarn demo --kv $(KV) $(if $(MODEL),--model $(MODEL))
@@ -69,7 +74,8 @@ $(DONE)/dev: requirements/dev.txt $(DONE)/venv
 
 $(DONE)/kvarn: $(SOURCES) $(DONE)/vllm $(DONE)/build
 	@echo "building and installing kvarn"
-	@export PATH="$(abspath $(BIN)):$$PATH"; $(call pip-install,--no-deps --no-build-isolation --force-reinstall .)
+	@export PATH="$(abspath $(BIN)):$$PATH"; $(call pip-install,--no-deps --no-build-isolation --force-reinstall \
+	  --config-settings=cmake.define.KVARN_CUDA=$(CUDA) .)
 	@$(BIN)/python -m kvarn.cli.metadata_stub
 	@touch $@
 
@@ -83,13 +89,18 @@ test: $(DONE)/kvarn $(DONE)/dev
 
 test-cpp: $(DONE)/build
 	@mkdir -p build; rm -f build/ctest.log
-	@$(CMAKE) -S . -B build/test -DKVARN_TESTS=ON >build/configure.log || { cat build/configure.log; exit 1; }
+	@$(CMAKE) -S . -B build/test -DKVARN_TESTS=ON '-DKVARN_CUDA_SHAPES=$(CUDA_TEST_SHAPES)' >build/configure.log || \
+	  { cat build/configure.log; exit 1; }
+	@grep 'CUDA kernels' build/configure.log
 	@$(BIN)/cmake --build build/test
 	@$(BIN)/ctest --test-dir build/test --output-on-failure 2>&1 | tee build/ctest.log
 
 test-python: $(DONE)/kvarn $(DONE)/dev
 	@mkdir -p build; rm -f build/pytest.log
 	@$(BIN)/python -m pytest -q -rfEs -m 'not slow' $(PYTEST) 2>&1 | tee build/pytest.log
+
+test-gpu: $(DONE)/build $(DONE)/dev $(DONE)/torch
+	@PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(abspath $(BIN))/python KVARN_BUILD=$(abspath build)/gpu tests/cuda/run.sh $(PYTEST)
 
 test-all: $(DONE)/kvarn $(DONE)/dev
 	@$(MAKE) --no-print-directory test-cpp
@@ -118,7 +129,7 @@ quality: $(DONE)/kvarn
 
 bench: $(DONE)/kvarn
 	@mkdir -p build bench/results
-	@$(CMAKE) -S . -B build/bench -DKVARN_BENCH=ON >build/configure.log || { cat build/configure.log; exit 1; }
+	@$(CMAKE) -S . -B build/bench -DKVARN_BENCH=ON -DKVARN_CUDA=OFF >build/configure.log || { cat build/configure.log; exit 1; }
 	@$(BIN)/cmake --build build/bench
 	@for name in verbs fragment_order; do program=build/bench/bench/bench_$$name; [[ ! -x $$program ]] || \
 	  $$program --benchmark_out=bench/results/cpu-$${name/_/-}.json --benchmark_out_format=json; done

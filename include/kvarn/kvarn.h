@@ -38,6 +38,8 @@ typedef enum kvarn_status {
   KVARN_WORKSPACE_STALE = 51,
   KVARN_UNKNOWN_TARGET = 60,
   KVARN_TARGET_UNAVAILABLE = 61,
+  KVARN_CUDA_ERROR = 70,       /* the CUDA runtime refused a launch; kvarn_last_error has its words */
+  KVARN_CUDA_UNAVAILABLE = 71, /* no CUDA kernels in this build, or no device that they run on */
   KVARN_STATUS_INT32 = 0x7fffffff
 } kvarn_status;
 

@@ -10,11 +10,13 @@
 
 #include <atomic>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
-#include "kvarn/kvarn.h"
+#include "module.hpp"
 
 namespace nb = nanobind;
+using kvarn::python::check;
 
 namespace {
 
@@ -27,23 +29,6 @@ void run_openmp(void*, int64_t tasks, kvarn_task task, void* argument) {
 }
 
 kvarn_executor openmp() { return {nullptr, omp_get_max_threads(), run_openmp}; }
-
-[[noreturn]] void raise(kvarn_status status) {
-  const char* detail = kvarn_last_error();
-  const std::string message = *detail ? detail : kvarn_status_message(status);
-  switch (status) {
-    case KVARN_BAD_PAGE_INDEX:
-      throw nb::index_error(message.c_str());
-    case KVARN_BAD_DTYPE:
-      throw nb::type_error(message.c_str());
-    default:
-      throw nb::value_error(message.c_str());
-  }
-}
-
-void check(kvarn_status status) {
-  if (status != KVARN_OK) raise(status);
-}
 
 template <class... Arguments>
 std::string concatenate(const Arguments&... arguments) {
@@ -233,11 +218,33 @@ std::vector<std::string> names(const char* const* list) {
 
 std::string target_name(const std::optional<std::string>& name) {
   const char* found = kvarn_target(name ? name->c_str() : nullptr);
-  if (found == nullptr) raise(KVARN_UNKNOWN_TARGET);
+  if (found == nullptr) check(KVARN_UNKNOWN_TARGET);
   return found;
 }
 
 }  // namespace
+
+namespace kvarn::python {
+
+void check(kvarn_status status) {
+  const char* detail = kvarn_last_error();
+  const std::string message = *detail ? detail : kvarn_status_message(status);
+  switch (status) {
+    case KVARN_OK:
+      return;
+    case KVARN_BAD_PAGE_INDEX:
+      throw nb::index_error(message.c_str());
+    case KVARN_BAD_DTYPE:
+      throw nb::type_error(message.c_str());
+    case KVARN_CUDA_ERROR:
+    case KVARN_CUDA_UNAVAILABLE:
+      throw std::runtime_error(message);
+    default:
+      throw nb::value_error(message.c_str());
+  }
+}
+
+}  // namespace kvarn::python
 
 NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);  // a process may end while engines still hold layouts
@@ -278,6 +285,7 @@ NB_MODULE(_core, m) {
   m.def("presets", [] { return names(kvarn_presets()); });
   m.def("targets", [] { return names(kvarn_targets()); });
   m.def("target", target_name, "name"_a = nb::none());
+  kvarn::python::add_cuda(m);
   m.attr("FORMAT_VERSION") = KVARN_FORMAT_VERSION;
   m.attr("__version__") = KVARN_VERSION_STRING;
 }

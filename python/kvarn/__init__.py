@@ -1,6 +1,6 @@
 """kvarn: the low-bit KV cache for large-language-model serving.
 
-Four verbs over pages that the caller owns, for numpy arrays and torch CPU tensors alike (DLPack, no copies):
+Four verbs over pages that the caller owns, for numpy arrays and torch tensors alike, without copies:
 
     layout = kvarn.Layout("kvarn_k4v2_g128", head_dim=128, kv_heads=8)
     pages = np.zeros((num_pages, layout.page_bytes), np.uint8)
@@ -13,24 +13,48 @@ float32, float16 or bfloat16; last axes contiguous. A request with seq_len 0 tak
 ceil(L / page_tokens) + pages_ahead entries of its row. ValueError, TypeError and IndexError say what was given and what
 is allowed; nothing is written before every argument is checked. Threads are OpenMP's (torch.set_num_threads,
 OMP_NUM_THREADS).
+
+The same functions take CUDA tensors, all of them on one device: kvarn.cuda has what a step should do once for all its
+layers (CudaWorkspace, plan), torch.ops.kvarn what torch.compile sees. cuda_available() says whether that works here,
+cuda_missing() why not.
 """
 
 from __future__ import annotations
 
-from kvarn._core import FORMAT_VERSION, __version__, presets, target, targets
+from kvarn._core import FORMAT_VERSION, __version__, cuda_missing, presets, target, targets
 from kvarn.layout import Layout
 from kvarn.verbs import append, attend, expand, rotate, workspace_bytes
 
 __all__ = [
     "FORMAT_VERSION",
+    "CudaWorkspace",
     "Layout",
+    "Plan",
     "__version__",
     "append",
     "attend",
+    "cuda_available",
+    "cuda_missing",
     "expand",
+    "plan",
     "presets",
     "rotate",
     "target",
     "targets",
     "workspace_bytes",
 ]
+
+
+def cuda_available() -> bool:
+    """Whether this build has CUDA kernels and there is a device that they run on; cuda_missing() says why not.
+    Asks the device, and so starts CUDA in this process."""
+    return not cuda_missing()
+
+
+def __getattr__(name: str):
+    # These need torch, which numpy users may not have.
+    if name in ("CudaWorkspace", "Plan", "plan"):
+        from kvarn import cuda
+
+        return getattr(cuda, name)
+    raise AttributeError(f"module 'kvarn' has no attribute {name!r}")

@@ -20,14 +20,15 @@ class Layout:
     bits_per_value        all scales counted
     """
 
-    __slots__ = ("_core", "preset")
+    __slots__ = ("_core", "_head_dim", "_kv_heads", "preset")
 
     def __init__(self, preset: str, head_dim: int, kv_heads: int):
         self._core = _core.layout(preset, head_dim, kv_heads)
-        self.preset = preset
+        # torch.compile can read Python's integers, not what is behind _core.
+        self.preset, self._head_dim, self._kv_heads = preset, int(head_dim), int(kv_heads)
 
-    head_dim = property(lambda self: self._core.head_dim)
-    kv_heads = property(lambda self: self._core.kv_heads)
+    head_dim = property(lambda self: self._head_dim)
+    kv_heads = property(lambda self: self._kv_heads)
     k_bits = property(lambda self: self._core.k_bits)
     v_bits = property(lambda self: self._core.v_bits)
     page_tokens = property(lambda self: self._core.page_tokens)

@@ -1,4 +1,4 @@
-"""append, attend, expand, rotate: the verbs of the specification on numpy arrays and torch CPU tensors."""
+"""append, attend, expand, rotate: the verbs of the specification on numpy arrays and torch tensors, CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def append(
     workspace=None,
     encoder: str = "weighted",
     target: str | None = None,
-) -> int:
+    *,
+    slots=None,
+    plan=None,
+    replaced=None,
+) -> int | None:
     """Rotates the step's k and v, writes them raw, and packs every tile that completed.
 
     pages      uint8 [num_pages, page_bytes], rows 16-byte aligned; mutated
@@ -41,7 +45,20 @@ def append(
     encoder    "weighted" (default) or "varnorm" (the published algorithm)
     target     None, or a name of kvarn.targets()
     Returns how many elements of k and v were replaced: NaN by 0, magnitudes above 65504 by 65504.
+
+    On CUDA tensors, on torch's current stream and without waiting for it; returns None:
+    plan       of this step, see kvarn.plan; None: one is made for this call. block_table, seq_lens and query_starts may
+               be None where there is one
+    workspace  a kvarn.CudaWorkspace, where there is no plan; None: one that kvarn keeps
+    slots      where there is no plan, see kvarn.plan
+    replaced   None, or an int64 tensor whose first element the number of replaced elements is added to
     """
+    if cuda := _cuda(pages):
+        _no_target(target)
+        return cuda.append(
+            layout, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, slots, plan, replaced
+        )
+    _cuda_only(slots=slots, plan=plan, replaced=replaced)
     core = _layout(layout)
     if workspace is None:
         workspace = _default_workspace(core, block_table, seq_lens, k, 0)
@@ -61,6 +78,10 @@ def attend(
     out=None,
     workspace=None,
     target: str | None = None,
+    slots=None,
+    window: int | None = None,
+    sinks=None,
+    plan=None,
 ):
     """Causal attention of the step's query rows over each request's tokens; all appends of the layer come before it.
 
@@ -68,7 +89,21 @@ def attend(
     scale  of the scores;  soft_cap: 0 (off), or scores become soft_cap * tanh(score / soft_cap)
     out    like q, written in place; None: a new array of q's kind and dtype
     Returns out. A row's bits depend on its own request's tokens only. A query with NaN or infinity makes its row NaN.
+
+    On CUDA tensors, on torch's current stream and without waiting for it (ratio 1 .. 16; slots, workspace and plan as
+    in append; a plan must be for these query heads and this window):
+    window  0 (off), or how many tokens a row sees, its own included; None: the plan's, or 0
+    sinks   None, or float32 [query_heads]: a logit per head that takes probability and has no value
     """
+    if cuda := _cuda(pages):
+        _no_target(target)
+        if not hasattr(q, "dim"):
+            raise TypeError(f"q is {type(q).__name__}; it must be a tensor on the device of pages")
+        tables = block_table, seq_lens, query_starts
+        return cuda.attend(
+            layout, pages, *tables, q, scale, soft_cap, out, workspace, slots, window, sinks, plan
+        )  # fmt: skip
+    _cuda_only(slots=slots, sinks=sinks, plan=plan, window=window or None)
     core = _layout(layout)
     if out is None:
         out = _empty_like(q)
@@ -78,12 +113,20 @@ def attend(
     return out
 
 
-def expand(layout: Layout, pages, block_table, seq_lens, dtype=None, target: str | None = None):
+def expand(layout: Layout, pages, block_table, seq_lens, dtype=None, target: str | None = None, *, out=None):
     """The complete tiles of each request, dequantized in the rotated basis, one request after the other.
 
     dtype  of the results: a numpy or torch dtype as `pages` is an array or a tensor; None: float32
     Returns (k, v), each [tokens, kv_heads, head_dim], tokens = sum of page_tokens * (seq_len // page_tokens).
+
+    On CUDA tensors the lengths are read to the host, which waits for the device, unless out is given:
+    out    (k, v), [tokens or more, kv_heads, head_dim], float32, float16 or bfloat16: written and returned. Tiles that
+           they have no room for are left out, what is beyond the last tile is left as it is
     """
+    if cuda := _cuda(pages):
+        _no_target(target)
+        return cuda.expand(layout, pages, block_table, seq_lens, dtype, out)
+    _cuda_only(out=out)
     core = _layout(layout)
     lengths, width = _lengths(seq_lens), _shape("block_table", block_table)[-1]
     tiles = [max(0, length) // core.page_tokens for length in lengths]
@@ -104,12 +147,35 @@ def expand(layout: Layout, pages, block_table, seq_lens, dtype=None, target: str
 
 def rotate(x, target: str | None = None):
     """The orthonormal Hadamard rotation of the last axis (its own inverse), in x's dtype; x is not changed."""
+    if (cuda := _cuda(x)) and x.ndim:
+        _no_target(target)
+        return cuda.rotate(x)
     out = _empty_like(x)
     if x.ndim == 0:
         raise ValueError("x has no axis to rotate; its last axis must be head_dim: 64, 80, 96, 128 or 256")
     three = (-1, 1, x.shape[-1]) if x.shape[-1] else (0, 1, 0)
     _core.rotate(x.reshape(three), out.reshape(three), target)
     return out
+
+
+def _cuda(x):
+    """kvarn.cuda if x is a CUDA tensor, else None."""
+    if getattr(x, "is_cuda", False) is not True:
+        return None
+    from kvarn import cuda
+
+    return cuda
+
+
+def _no_target(target: str | None) -> None:
+    if target is not None:
+        raise ValueError(f"target {target!r} is for arrays and tensors in this machine's memory; leave it out on CUDA")
+
+
+def _cuda_only(**options) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is for CUDA tensors only, and pages is not one")
 
 
 def _layout(layout: Layout):

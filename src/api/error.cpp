@@ -55,6 +55,10 @@ extern "C" const char* kvarn_status_message(kvarn_status status) {
       return "no such target";
     case KVARN_TARGET_UNAVAILABLE:
       return "this CPU or build lacks the target";
+    case KVARN_CUDA_ERROR:
+      return "the CUDA runtime reported an error";
+    case KVARN_CUDA_UNAVAILABLE:
+      return "no CUDA kernels, or no device that they run on";
     case KVARN_STATUS_INT32:
       break;
   }

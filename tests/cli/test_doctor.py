@@ -32,6 +32,18 @@ def test_says_when_a_target_is_forced(without_vllm, monkeypatch):
     assert "Forced by KVARN_TARGET=scalar" in findings()["instruction set"].text
 
 
+def test_says_whether_there_are_cuda_kernels_and_why_not(without_vllm, monkeypatch):
+    found = findings()
+    if not kvarn.cuda_available():
+        told = found["CUDA device"] if "CUDA device" in found else found["CUDA kernels"]
+        assert told.verdict is doctor.Verdict.NOTE
+        assert told.text == kvarn.cuda_missing()
+    monkeypatch.setattr(kvarn._core, "cuda_shapes", lambda: ["k4v2_g128_d64", "k4v2_g128_d128", "k8v4_g64_d128"])
+    monkeypatch.setattr(kvarn._core, "cuda_architectures", lambda: "80 90a")
+    text = findings()["CUDA kernels"].text
+    assert "80 90a" in text and "3 shapes: k4v2_g128, k8v4_g64 with head_dim 64, 128" in text
+
+
 def test_a_question_that_fails_is_a_finding(without_vllm, monkeypatch):
     def broken():
         raise OSError("no such thing")

@@ -12,29 +12,13 @@
 #include <vector>
 
 #include "kvarn/kvarn.hpp"
+#include "support/hashed.hpp"
 
 namespace kvarn::test {
 
 inline std::vector<std::string> targets() {
   std::vector<std::string> out;
   for (const char* const* name = kvarn_targets(); *name != nullptr; ++name) out.emplace_back(*name);
-  return out;
-}
-
-// A 32-bit mixing function: the same numbers everywhere.
-inline uint32_t mix(uint32_t x) {
-  x ^= x >> 16, x *= 0x7feb352du;
-  x ^= x >> 15, x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-// About normal, deviation 1.16; exact in binary16.
-inline float hashed(uint32_t index, uint32_t seed) {
-  const uint32_t x = mix(index * 2654435769u + seed);
-  return static_cast<float>(static_cast<int>((x & 255) + (x >> 8 & 255) + (x >> 16 & 255) + (x >> 24)) - 510) / 128.0f;
-}
-inline std::vector<float> hashed_rows(size_t count, uint32_t seed) {
-  std::vector<float> out(count);
-  for (size_t i = 0; i < count; ++i) out[i] = hashed(static_cast<uint32_t>(i), seed);
   return out;
 }
 

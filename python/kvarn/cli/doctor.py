@@ -31,7 +31,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Every finding, in the order a person would ask; never raises, a failed question is a finding."""
     findings = []
-    for question in (_core, _torch, _vllm, _entry_point, _hooks, _refused):
+    for question in (_core, _cuda, _torch, _vllm, _entry_point, _hooks, _refused):
         try:
             findings += question()
         except Exception as error:
@@ -67,6 +67,37 @@ def _core() -> Iterator[Finding]:
     encoder = os.environ.get("KVARN_ENCODER")
     told = f"{encoder}, by KVARN_ENCODER" if encoder else "weighted; KVARN_ENCODER=varnorm chooses the published one"
     yield Finding("encoder", Verdict.NOTE if encoder else Verdict.GOOD, told)
+
+
+def _cuda() -> Iterator[Finding]:
+    from kvarn import _core as core
+
+    shapes = [name.rpartition("_d") for name in core.cuda_shapes()]
+    if not shapes:
+        yield Finding("CUDA kernels", Verdict.NOTE, core.cuda_missing())
+        return
+    presets, head_dims = sorted({shape[0] for shape in shapes}), sorted({int(shape[2]) for shape in shapes})
+    yield Finding(
+        "CUDA kernels",
+        Verdict.GOOD,
+        f"for compute capability {core.cuda_architectures()}; {len(shapes)} shapes: {', '.join(presets)} with head_dim "
+        f"{', '.join(map(str, head_dims))}",
+    )
+    if missing := core.cuda_missing():
+        yield Finding("CUDA device", Verdict.NOTE, missing)
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("CUDA device", Verdict.NOTE, f"there is one, but torch {torch.__version__} does not see it.")
+        return
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    yield Finding(
+        "CUDA device",
+        Verdict.GOOD,
+        f"{device.name}, compute capability {device.major}.{device.minor}, {device.multi_processor_count} "
+        f"multiprocessors, {device.total_memory / 2**30:.0f} GiB",
+    )
 
 
 def _torch() -> Iterator[Finding]:

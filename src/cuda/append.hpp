@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// append, per shape: declared here for the dispatch, defined in append_kernel.cuh, which instances/ includes.
+#pragma once
+
+#include "cuda/launch.hpp"
+
+namespace kvarn::cuda {
+
+template <class Shape>
+cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
+                         int64_t* replaced);
+
+}  // namespace kvarn::cuda

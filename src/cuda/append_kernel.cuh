@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// append (specification section 8) on the device, in at most two launches: stage, if any request can have to; then
+// rotate, write raw and pack.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/append.hpp"
+#include "cuda/append_completed.cuh"
+#include "cuda/append_raw.cuh"
+#include "cuda/encode_pack.cuh"
+#include "cuda/varnorm.cuh"
+#include "cuda/weighted.cuh"
+
+namespace kvarn::cuda {
+
+// Threads of a CTA: one CTA per multiprocessor for the shortest time from the last token of a tile to its record, two
+// for the most tiles a second, since then one computes while the other waits.
+inline constexpr int kFastThreads = 512, kManyThreads = 256;
+
+template <class Shape, int kThreads, kvarn_encoder kEncoder, bool kValues, class Memory>
+__device__ inline void pack(const AppendArguments& a, const Completed& c, int head, Memory& memory) {
+  using Is = EncodeShape<kThreads, kValues ? Side::kValues : Side::kKeys, Shape::page_tokens, Shape::head_dim,
+                         kValues ? Shape::v_bits : Shape::k_bits>;
+  const auto norms = [&](Real* to) {
+    token_norms<kThreads, Shape::page_tokens, Shape::head_dim>(memory.values, to);
+    __syncthreads();
+  };
+  if constexpr (kEncoder == KVARN_WEIGHTED && Weighted<Is, Memory>::kKeys && Weighted<Is, Memory>::kFit) {
+    gather<Shape, kThreads>(a, c, head, true, false, memory);  // V first, for the weights of its tokens
+    __syncthreads();
+    norms(memory.norm[1]);
+  }
+  gather<Shape, kThreads>(a, c, head, kValues, true, memory);
+  __syncthreads();
+  if constexpr (kEncoder == KVARN_WEIGHTED) {
+    norms(memory.norm[0]);
+    Weighted<Is, Memory>{memory}.encode();
+  } else {
+    Varnorm<Is, Memory>{memory}.encode();
+  }
+  __syncthreads();
+  write_record<Shape, Is>(memory, Places<Shape>{a}.region(c.tile.request, c.tile.tile, head));
+}
+
+// Every CTA writes its share of the tails, then packs pairs (completed tile, head), V's before K's, which are cheaper.
+template <class Shape, int kThreads, kvarn_encoder kEncoder>
+__global__ __launch_bounds__(kThreads,
+                             kFastThreads / kThreads) void append_kernel(const __grid_constant__ AppendArguments a) {
+  using Memory = EncodeMemory<Shape::page_tokens, Shape::head_dim>;
+  extern __shared__ __align__(16) uint8_t shared[];
+  Memory& memory = *reinterpret_cast<Memory*>(shared);
+  wait_for_previous();
+  let_next_start();
+  const PlanHeader header = *a.plan.header;
+  write_tails<Shape, kThreads>(a);
+  const int64_t pairs = int64_t{header.packs} * a.kv_heads;
+  for (int64_t item = blockIdx.x; item < 2 * pairs; item += gridDim.x) {
+    const int pair = static_cast<int>(item < pairs ? item : item - pairs), head = pair % a.kv_heads;
+    const Completed c = find_completed<Shape, kThreads>(a, header.tiles, pair / a.kv_heads);
+    if (c.tile.rows == 0) return;
+    if (item < pairs)
+      pack<Shape, kThreads, kEncoder, true>(a, c, head, memory);
+    else
+      pack<Shape, kThreads, kEncoder, false>(a, c, head, memory);
+  }
+}
+
+template <class Shape, int kThreads, kvarn_encoder kEncoder>
+cudaError_t launch_append(const AppendArguments& a, int64_t completed, int64_t multiprocessors, cudaStream_t stream) {
+  constexpr auto kKernel = append_kernel<Shape, kThreads, kEncoder>;
+  constexpr size_t kBytes = sizeof(EncodeMemory<Shape::page_tokens, Shape::head_dim>);
+  constexpr int kVectors = 32 / kVectorLanes<Shape::head_dim>;
+  if (kBytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t warps = (int64_t{a.requests} * a.tail_vectors + kVectors - 1) / kVectors;
+  const int64_t ctas =
+      std::min(std::max(2 * completed * a.kv_heads, warps), multiprocessors * (kFastThreads / kThreads));
+  return launch_dependent(kKernel, dim3(static_cast<uint32_t>(ctas)), dim3(kThreads), kBytes, stream, a);
+}
+
+template <class Shape>
+cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
+                         int64_t* replaced) {
+  const kvarn_cuda_step& step = launch.step;
+  const int32_t heads = launch.layout.kv_heads, requests = step.batch.requests;
+  if (requests == 0 || step.tokens == 0 || step.max_query_len == 0) return cudaSuccess;
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+
+  const AppendArguments a{launch.plan(),
+                          launch.pages,
+                          step.batch.block_table,
+                          step.batch.table_stride,
+                          requests,
+                          heads,
+                          make_rows(k),
+                          make_rows(v),
+                          reinterpret_cast<unsigned long long*>(replaced),
+                          2 * heads * std::min(step.max_query_len, Shape::page_tokens - 1)};
+  // A request can have to stage only if n + 1 rows lie behind the edge of a tile that it was in.
+  const bool prompt = step.max_query_len >= Shape::raw_tokens_per_page + 2;
+  if (prompt) {
+    error = launch_dependent(stage_kernel<Shape>, dim3(static_cast<uint32_t>(requests), static_cast<uint32_t>(heads)),
+                             dim3(256), 0, launch.stream, a);
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t completed = step.max_query_len == 1 ? requests : most_tiles(launch.layout, step.tokens, requests);
+  const auto run = [&](auto threads, auto encode) {
+    return launch_append<Shape, threads.value, encode.value>(a, completed, multiprocessors, launch.stream);
+  };
+  const auto with = [&](auto encode) {
+    return prompt ? run(std::integral_constant<int, kManyThreads>{}, encode)
+                  : run(std::integral_constant<int, kFastThreads>{}, encode);
+  };
+  return encoder == KVARN_VARNORM ? with(std::integral_constant<kvarn_encoder, KVARN_VARNORM>{})
+                                  : with(std::integral_constant<kvarn_encoder, KVARN_WEIGHTED>{});
+}
+
+}  // namespace kvarn::cuda

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// What append's kernels get, and where a step's raw tokens and records lie.
+//
+// One kernel writes raw tokens and packs, its CTAs in any order, because no two of them touch the same bytes except to
+// read. Let tile j of a request complete in this step, L be its length after the step, n and m as in specification
+// section 3.
+// - If L - (j+1) G > n, tile j has a raw tile in the workspace: the kernel before copied its older tokens there, and the
+//   CTA that packs it writes its new ones there. It reads nothing of the pages and writes page j.
+// - Otherwise j is the last tile that completes. Its raw tokens lie in pages j+1 .. j+m; its CTA reads the older ones,
+//   writes the new ones, and writes page j. The tail, tile j+1, has at most n tokens, all in page j+1+m: a draft that
+//   straddles the edge is disjoint from the tile that it completes.
+// - A tail of more than n tokens, tile i, writes pages i+1 .. i+m. No record goes there, since no tile behind i has
+//   tokens, and no raw token of a tile before i is read there, since all of those that complete are in the workspace.
+// - Page j, where the record goes, is raw room of the tiles j-m .. j-1. Of these, one that has rows in this step
+//   completes with L - (its end) >= G > n: it is read from the workspace. One without rows is packed since an earlier
+//   step.
+// Requests share only pages that are packed, and those are behind every `start`; heads have regions of their own; K and
+// V of a region are different bytes, raw and packed, and raw and packed never meet by the above.
+#pragma once
+
+#include "cuda/launch.hpp"
+#include "cuda/rotate.cuh"
+#include "cuda/shape.hpp"
+
+namespace kvarn::cuda {
+
+struct AppendArguments {
+  Plan plan;
+  kvarn_pages pages;
+  const int32_t* block_table;
+  int64_t table_stride;
+  int32_t requests, kv_heads;
+  Rows k, v;
+  unsigned long long* replaced;
+  int32_t tail_vectors;  // of a request, at most
+};
+
+template <class Shape>
+struct Places {
+  const AppendArguments& a;
+
+  // The region of (request, entry of its table row, head).
+  __device__ uint8_t* region(int request, int index, int head) const {
+    int64_t page = a.block_table[request * a.table_stride + index];
+    page = page < 0 ? 0 : page < a.pages.count ? page : a.pages.count - 1;
+    return a.pages.data + page * a.pages.stride + int64_t{head} * Shape::record_bytes;
+  }
+  // A raw vector in the pages.
+  __device__ uint16_t* in_pages(int request, int tile, int offset, int head, bool values) const {
+    constexpr int kN = Shape::raw_tokens_per_page;
+    const int index = tile + (offset < kN ? Shape::pages_ahead : offset / kN), slot = offset % kN;
+    return reinterpret_cast<uint16_t*>(region(request, index, head)) + (values ? kN + slot : slot) * Shape::head_dim;
+  }
+  // A raw vector in raw tile `raw` of the workspace.
+  __device__ uint16_t* in_workspace(int raw, int offset, int head, bool values) const {
+    const int64_t array = (int64_t{raw} * a.kv_heads + head) * 2 + values;
+    return a.plan.raw + (array * Shape::page_tokens + offset) * Shape::head_dim;
+  }
+};
+
+// Rotates a vector of the caller and writes it raw: to global memory at `store`, to shared memory at `keep`, where
+// these are not null. All 32 lanes of the warp take part; those without a vector say so with `valid`. Returns how many
+// elements were replaced.
+template <int kHeadDim>
+__device__ inline int rotate_raw(const Rows& rows, int64_t token, int head, int lane, bool valid, uint16_t* store,
+                                 __half* keep) {
+  float x[kChunk] = {};
+  int replaced = 0;
+  valid = valid && has_chunk<kHeadDim>(lane);
+  if (valid) {
+    load_chunk(rows, token * rows.token_stride + head * rows.head_stride + kChunk * lane, x);
+    replaced = sanitize(x);
+  }
+  rotate<kHeadDim>(x, lane);
+  const uint4 chunk = raw_chunk(x);
+  if (valid && store != nullptr) reinterpret_cast<uint4*>(store)[lane] = chunk;
+  if (valid && keep != nullptr) reinterpret_cast<uint4*>(keep)[lane] = chunk;
+  return replaced;
+}
+
+__device__ inline void count_replaced(const AppendArguments& a, int replaced) {
+  if (replaced > 0 && a.replaced != nullptr) atomicAdd(a.replaced, static_cast<unsigned long long>(replaced));
+}
+
+}  // namespace kvarn::cuda

@@ -1,0 +1,113 @@
+"""What can be said of the CUDA verbs without a GPU: the module loads anywhere and says why it cannot run, and its
+operators have fakes that torch.compile can trace."""
+
+import re
+import subprocess
+import sys
+
+import kvarn
+import pytest
+import torch
+from kvarn import _core, torch_ops
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+LAYOUT = kvarn.Layout("kvarn_k4v2_g128", 128, 2)
+without_gpu = pytest.mark.skipif(kvarn.cuda_available(), reason="there is a GPU")
+
+
+def test_links_neither_torch_nor_the_driver():
+    """One shared object for every torch; it loads on machines without CUDA."""
+    listed = subprocess.run(["readelf", "-d", _core.__file__], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", listed)
+    assert needed
+    assert not [name for name in needed if re.search("torch|cuda|c10|nv", name)]
+
+
+def test_kvarn_needs_no_torch_until_a_cuda_name_is_used():
+    code = "import sys, kvarn; kvarn.cuda_available(); t = 'torch' in sys.modules; print(t, kvarn.plan)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("False <function plan")
+
+
+@without_gpu
+def test_says_why_not():
+    assert kvarn.cuda_missing()
+    with pytest.raises(RuntimeError, match=re.escape(kvarn.cuda_missing())):
+        kvarn.CudaWorkspace(LAYOUT, 16, 2, 8, 1024)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no_such_verb"):
+        kvarn.no_such_verb  # noqa: B018
+
+
+@pytest.mark.parametrize("option", ["slots", "plan", "replaced"])
+def test_cuda_options_are_refused_on_the_cpu(option):
+    pages = torch.zeros(6, LAYOUT.page_bytes, dtype=torch.uint8)
+    step = [torch.arange(6, dtype=torch.int32)[None], *(torch.tensor(x, dtype=torch.int32) for x in ([3], [0, 3]))]
+    k = torch.zeros(3, 2, 128)
+    with pytest.raises(ValueError, match=f"{option} is for CUDA"):
+        kvarn.append(LAYOUT, pages, *step, k, k, **{option: torch.zeros(3, dtype=torch.int64)})
+    kvarn.append(LAYOUT, pages, *step, k, k)
+    for name, value in (("window", 5), ("sinks", torch.zeros(2)), ("plan", 3)):
+        with pytest.raises(ValueError, match=f"{name} is for CUDA"):
+            kvarn.attend(LAYOUT, pages, *step, k, scale=1.0, **{name: value})
+    with pytest.raises(ValueError, match="out is for CUDA"):
+        kvarn.expand(LAYOUT, pages, *step[:2], out=(k, k))
+
+
+def fake_step():
+    device = "cuda"
+    tables = torch.zeros(2, 6, dtype=torch.int32, device=device), torch.zeros(2, dtype=torch.int32, device=device)
+    shared = [LAYOUT.preset, 128, 2, *tables, torch.zeros(3, dtype=torch.int32, device=device), None]
+    pages = torch.zeros(20, LAYOUT.page_bytes, dtype=torch.uint8, device=device)
+    workspace = torch.zeros(1 << 20, dtype=torch.uint8, device=device)
+    k, q = (torch.zeros(5, heads, 128, dtype=torch.float16, device=device) for heads in (2, 8))
+    return pages, workspace, [16, 2, 8, 1024, 8], shared, k, q
+
+
+def test_operators_have_fakes():
+    ops = torch.ops.kvarn
+    with FakeTensorMode():
+        pages, workspace, limits, shared, k, q = fake_step()
+        assert ops.plan(workspace, limits, *shared, 5, 5, 8, 0) is None
+        assert ops.append(pages, workspace, limits, *shared, 5, k, k, "weighted", None) is None
+        assert ops.attend(pages, workspace, limits, *shared, 5, q, torch.empty_like(q), 0.1, 0.0, 0, None) is None
+        assert ops.expand(pages, *shared[:5], k, k) is None
+        rotated = ops.rotate(q)
+    assert rotated.shape == q.shape and rotated.dtype == q.dtype and rotated.device == q.device
+
+
+def test_schemas_say_what_is_written():
+    written = {}
+    for name in ("plan", "append", "attend", "expand", "rotate"):
+        schema = getattr(torch.ops.kvarn, name).default._schema
+        written[name] = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    assert written == {
+        "plan": ["workspace"],
+        "append": ["pages", "workspace", "replaced"],
+        "attend": ["workspace", "out"],
+        "expand": ["k", "v"],
+        "rotate": [],
+    }
+
+
+def test_a_step_is_one_graph():
+    """Traced without running anything: fullgraph fails on the first thing that cannot be."""
+    graphs = []
+
+    def step(pages, workspace, limits, shared, k, q):
+        torch.ops.kvarn.plan(workspace, limits, *shared, 5, 5, 8, 0)
+        torch.ops.kvarn.append(pages, workspace, limits, *shared, 5, k * 2, k, "weighted", None)
+        out = torch.empty_like(q)
+        torch.ops.kvarn.attend(pages, workspace, limits, *shared, 5, q + 1, out, 0.1, 0.0, 0, None)
+        return out * torch_ops.torch.ops.kvarn.rotate(q)
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    with FakeTensorMode():
+        torch.compile(step, fullgraph=True, backend=backend)(*fake_step())
+    called = [str(node.target) for node in graphs[0].graph.nodes if "kvarn" in str(node.target)]
+    assert [name.split(".")[1] for name in called] == ["plan", "append", "attend", "rotate"]
