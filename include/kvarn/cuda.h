@@ -7,8 +7,8 @@
  * A step:   kvarn_cuda_plan once, then for every layer kvarn_cuda_append and kvarn_cuda_attend, all on one stream.
  *
  * What the host cannot see is not checked: a request whose length, query range or table row is inconsistent is left out
- * by the plan, and page indices outside the pool are clamped into it, so that a corrupt table gives wrong numbers for its
- * own request but no fault.
+ * by the plan, and page indices outside the pool are clamped into it, so that a corrupt table gives wrong numbers for
+ * its own request but no fault.
  */
 #ifndef KVARN_CUDA_H_
 #define KVARN_CUDA_H_
@@ -30,7 +30,8 @@ typedef struct kvarn_cuda_limits {
   int32_t ctas; /* attention's grid; 0: one per multiprocessor. No result depends on it */
 } kvarn_cuda_limits;
 
-/* Device memory of the caller, 256-byte aligned, zeroed once before its first use. One serves all layers, one stream. */
+/* Device memory of the caller, 256-byte aligned, zeroed once before its first use. One serves all layers, one stream.
+ */
 typedef struct kvarn_cuda_workspace {
   void* data;
   int64_t bytes;
@@ -40,8 +41,9 @@ typedef struct kvarn_cuda_workspace {
 /* One step. The pointers in `batch` are device pointers. */
 typedef struct kvarn_cuda_step {
   kvarn_batch batch;
-  const int64_t* slots;  /* NULL, or [tokens] in device memory: a request whose first row's slot is negative takes no part */
-  int32_t tokens;        /* rows of k, v, q: at least query_starts[requests] */
+  const int64_t*
+      slots;      /* NULL, or [tokens] in device memory: a request whose first row's slot is negative takes no part */
+  int32_t tokens; /* rows of k, v, q: at least query_starts[requests] */
   int32_t max_query_len; /* no request has more rows in this step */
 } kvarn_cuda_step;
 
@@ -61,10 +63,10 @@ const char* const* kvarn_cuda_shapes(void);
 
 kvarn_status kvarn_cuda_workspace_bytes(const kvarn_layout* layout, const kvarn_cuda_limits* limits, int64_t* bytes);
 
-/* Works out, on the device, what the step's append, attend and prefill will do. One plan serves every layer that has this
- * layout, these query heads and this window. */
-kvarn_status kvarn_cuda_plan(const kvarn_layout* layout, const kvarn_cuda_step* step, int32_t query_heads, int32_t window,
-                             const kvarn_cuda_workspace* workspace, kvarn_cuda_stream stream);
+/* Works out, on the device, what the step's append, attend and prefill will do. One plan serves every layer that has
+ * this layout, these query heads and this window. */
+kvarn_status kvarn_cuda_plan(const kvarn_layout* layout, const kvarn_cuda_step* step, int32_t query_heads,
+                             int32_t window, const kvarn_cuda_workspace* workspace, kvarn_cuda_stream stream);
 
 /* Rotates the step's k and v, writes them raw, and packs every tile that completed.
  * k, v      [step.tokens][kv_heads][head_dim] in device memory, any dtype each
@@ -83,24 +85,24 @@ kvarn_status kvarn_cuda_attend(const kvarn_layout* layout, const kvarn_pages* pa
  * k, v      [sum over r of G * floor(seq_lens[r] / G) or more][kv_heads][head_dim], 16-bit or float32
  * Tiles that the outputs have no room for are left out. Needs no plan; query_starts is ignored. */
 kvarn_status kvarn_cuda_expand(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch,
-                               const kvarn_rows_out* k, const kvarn_rows_out* v,
-                               const kvarn_cuda_workspace* workspace, kvarn_cuda_stream stream);
+                               const kvarn_rows_out* k, const kvarn_rows_out* v, const kvarn_cuda_workspace* workspace,
+                               kvarn_cuda_stream stream);
 
 /* The orthonormal Hadamard rotation of the last axis, its own inverse. in and out may be the same memory. */
 kvarn_status kvarn_cuda_rotate(int32_t head_dim, const kvarn_rows* in, const kvarn_rows_out* out,
                                kvarn_cuda_stream stream);
 
-/* Prefill on a 16-bit attention kernel (docs/kernels.md): every query tile, the rows of one request in one tile, becomes
- * a sequence of its own, whose keys are the expanded tiles before it and last its own tile raw. */
+/* Prefill on a 16-bit attention kernel (docs/kernels.md): every query tile, the rows of one request in one tile,
+ * becomes a sequence of its own, whose keys are the expanded tiles before it and last its own tile raw. */
 typedef struct kvarn_cuda_prefill {
-  int32_t first_request;  /* requests first_request .. requests-1 take part */
-  int32_t table_width;    /* entries per row of block_table */
-  int32_t sequences;      /* rows of block_table: at least tokens / G + 2 * requests */
-  int32_t* block_table;   /* out, [sequences][table_width]: pages of k and v below */
-  int32_t* seq_lens;      /* out, [sequences]; 0 beyond the last */
-  int32_t* query_starts;  /* out, [sequences + 1], rows of q counted from 0 of the step; the last value repeats */
-  int32_t pages;          /* pages of k and v; tiles beyond are left out and `overflow` is set */
-  int32_t* overflow;      /* out, [1]: pages that were missing, 0 if all went well */
+  int32_t first_request; /* requests first_request .. requests-1 take part */
+  int32_t table_width;   /* entries per row of block_table */
+  int32_t sequences;     /* rows of block_table: at least tokens / G + 2 * requests */
+  int32_t* block_table;  /* out, [sequences][table_width]: pages of k and v below */
+  int32_t* seq_lens;     /* out, [sequences]; 0 beyond the last */
+  int32_t* query_starts; /* out, [sequences + 1], rows of q counted from 0 of the step; the last value repeats */
+  int32_t pages;         /* pages of k and v; tiles beyond are left out and `overflow` is set */
+  int32_t* overflow;     /* out, [1]: pages that were missing, 0 if all went well */
 } kvarn_cuda_prefill;
 
 /* Writes the tables of `prefill` and fills its pages: k, v [pages * G][kv_heads][head_dim], float16 or bfloat16, in the

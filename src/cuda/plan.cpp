@@ -33,10 +33,10 @@ WorkspaceMap WorkspaceMap::make(const kvarn_layout& layout, const kvarn_cuda_lim
 
 Plan Launch::plan() const {
   const auto at = [this](int64_t offset) { return static_cast<void*>(workspace + offset); };
-  return {static_cast<PlanHeader*>(at(map.header)),   static_cast<RequestPlan*>(at(map.requests)),
-          static_cast<TilePlan*>(at(map.tiles)),      static_cast<BlockPlan*>(at(map.blocks)),
-          static_cast<Cut*>(at(map.cuts)),            static_cast<uint32_t*>(at(map.counters)),
-          static_cast<float*>(at(map.parts)),         static_cast<uint16_t*>(at(map.raw))};
+  return {static_cast<PlanHeader*>(at(map.header)), static_cast<RequestPlan*>(at(map.requests)),
+          static_cast<TilePlan*>(at(map.tiles)),    static_cast<BlockPlan*>(at(map.blocks)),
+          static_cast<Cut*>(at(map.cuts)),          static_cast<uint32_t*>(at(map.counters)),
+          static_cast<float*>(at(map.parts)),       static_cast<uint16_t*>(at(map.raw))};
 }
 
 }  // namespace kvarn::cuda

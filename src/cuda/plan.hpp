@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plan of a step: what the lengths, the query ranges and the slots mean, worked out once on the device for all layers;
-// and the map of the workspace that holds it.
+// The plan of a step: what the lengths, the query ranges and the slots mean, worked out once on the device for all
+// layers; and the map of the workspace that holds it.
 #pragma once
 
 #include <algorithm>
@@ -31,14 +31,14 @@ struct TilePlan {
 // The columns (row x query head of one KV head's group) that one pass over the history serves, and what they read.
 struct alignas(64) BlockPlan {
   int32_t request;
-  int32_t row, start;              // the request's first row of this step in q, and its position
-  int32_t length;                  // of the request after this step
-  int32_t first_column, columns;   // column c of a request: row c / group, head c % group
-  int32_t first_tile, end_tile;    // packed tiles first .. end-1 are read
-  int32_t own_tile, own_tiles;     // raw: the tile of the first row, and 2 if the rows lie in two
-  int32_t raw[2];                  // where those are: slots of the workspace, or -1 for the pages
-  int32_t units, units_before;     // pieces of one KV head; of the blocks before, all KV heads
-  int64_t cost_before;             // bytes of the blocks before, all KV heads
+  int32_t row, start;             // the request's first row of this step in q, and its position
+  int32_t length;                 // of the request after this step
+  int32_t first_column, columns;  // column c of a request: row c / group, head c % group
+  int32_t first_tile, end_tile;   // packed tiles first .. end-1 are read
+  int32_t own_tile, own_tiles;    // raw: the tile of the first row, and 2 if the rows lie in two
+  int32_t raw[2];                 // where those are: slots of the workspace, or -1 for the pages
+  int32_t units, units_before;    // pieces of one KV head; of the blocks before, all KV heads
+  int64_t cost_before;            // bytes of the blocks before, all KV heads
 };
 static_assert(sizeof(BlockPlan) == 64);
 
@@ -54,9 +54,9 @@ struct PlanHeader {
 };
 
 // Pieces of the history that one warp chains; fixed, so that no result depends on how the work is cut.
-inline constexpr int kPieceTiles = 4;   // packed tiles of a piece, at absolute tile numbers
-inline constexpr int kRawTokens = 32;   // raw tokens of a piece, two halves of 16
-inline constexpr int kFoldPieces = 8;   // pieces of a group, and groups of a chapter
+inline constexpr int kPieceTiles = 4;  // packed tiles of a piece, at absolute tile numbers
+inline constexpr int kRawTokens = 32;  // raw tokens of a piece, two halves of 16
+inline constexpr int kFoldPieces = 8;  // pieces of a group, and groups of a chapter
 inline constexpr int kMinBlockColumns = 4, kMaxBlockColumns = 16;
 
 // Columns of a block: as many as the largest request of the step needs, in steps that there are kernels for.
@@ -107,7 +107,7 @@ struct Plan {
   Cut* cuts;
   uint32_t* counters;  // [ctas] 0 between launches
   float* parts;        // [ctas][max_parts]: partial results of segments that several CTAs share
-  uint16_t* raw;  // [raw tile][kv_heads][2][G][D] f16, rotated
+  uint16_t* raw;       // [raw tile][kv_heads][2][G][D] f16, rotated
 };
 
 }  // namespace kvarn::cuda
