@@ -18,12 +18,14 @@ struct AttendParameters {
   const int32_t* query_starts;
   const float* sinks;
   int32_t requests, tokens, heads, group, window, max_parts;
-  float factor, cap, cap_inverse;            // scale and soft cap in log2 units; 2 log2(e) / cap
-  int32_t warps, slots, folds, query_slots;  // of a CTA: computing warps, stretches in flight, results, segments
+  float factor, cap, cap_inverse;  // scale and soft cap in log2 units; 2 log2(e) / cap
+  // Of a CTA: warps that share a step, each with four columns; such teams; steps in flight of a team, K parts and V parts;
+  // runs whose results wait to be folded.
+  int32_t team_warps, teams, key_depth, value_depth, results;
 };
 
 // columns: of a block, 4, 8 or 16.
 template <class S>
-cudaError_t attend_shape(const AttendParameters& p, int32_t columns, int32_t ctas, cudaStream_t stream);
+cudaError_t attend_shape(AttendParameters p, int32_t columns, int32_t ctas, cudaStream_t stream);
 
 }  // namespace kvarn::cuda

@@ -13,19 +13,17 @@ namespace kvarn::cuda {
 template <int kHeadDim>
 __device__ inline void rotate_column(float (&x)[kHeadDim / 8], int lane) {
 #pragma unroll
-  for (int bit = 1; bit < 16; bit *= 2)
+  for (int e = 0; e < kHeadDim / 8; e += 2) {  // bit 0 of the channel
+    const float p = x[e], q = x[e + 1];
+    x[e] = p + q;
+    x[e + 1] = p - q;
+  }
+#pragma unroll 1
+  for (int mask = 4; mask < 32; mask *= 2)  // bits 1, 2, 3 are g
 #pragma unroll
-    for (int e = 0; e < kHeadDim / 8; ++e) {
-      if (bit == 1) {
-        if (e % 2 == 0) {
-          const float a = x[e], b = x[e + 1];
-          x[e] = a + b;
-          x[e + 1] = a - b;
-        }
-      } else {
-        const float other = __shfl_xor_sync(~0u, x[e], 2 * bit);  // bits 1, 2, 3 of the channel are g: lanes 4, 8, 16
-        x[e] = lane & 2 * bit ? other - x[e] : x[e] + other;
-      }
+    for (float& y : x) {
+      const float other = __shfl_xor_sync(~0u, y, mask);
+      y = lane & mask ? other - y : y + other;
     }
   constexpr int kFirst = kHeadDim == 96 ? 64 : kHeadDim;  // 96 = 64 + 32 are rotated apart
 #pragma unroll
@@ -50,131 +48,179 @@ __device__ inline void rotate_column(float (&x)[kHeadDim / 8], int lane) {
   }
 }
 
-template <class S, int kTiles>
-struct Folder {
-  using Stored = StoredState<S::head_dim, kTiles>;
-  const AttendParameters& p;
-  Stored* levels;  // group, chapter, segment
-  int lane;
+__device__ inline uint32_t pack_bfloats(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
 
-  __device__ void clear() const {
-    for (int l = 0; l < 3; ++l) levels[l].clear(lane);
-    __syncwarp();
-  }
-  __device__ void close(int from, int to) const {
-    for (int l = from; l < to; ++l) {
-      fold(levels[l + 1], levels[l], lane);
-      levels[l].clear(lane);
-      __syncwarp();
-    }
-  }
-
-  // levels[2] holds all of the segment.
-  __device__ void finish(const BlockPlan& b, int head) const {
-    const int g = lane >> 2, i = lane & 3;
-    for (int nt = 0; nt < kTiles; ++nt) {
-      const int local = 4 * nt + i, column = b.first_column + local;
-      const int row = b.row + column / p.group, query_head = head * p.group + column % p.group;
-      float x[S::head_dim / 8], a = 1, l = levels[2].l[local];
-#pragma unroll
-      for (int q = 0; q < S::head_dim / 32; ++q) {
-        const float4 y = levels[2].out[nt][q][lane];
-        x[4 * q] = y.x, x[4 * q + 1] = y.y, x[4 * q + 2] = y.z, x[4 * q + 3] = y.w;
-      }
-      if (p.sinks != nullptr && local < b.columns) {  // one more logit in the sum
-        const float sink = p.sinks[query_head] * 1.44269504f, m = levels[2].m[local];
-        const FoldFactors f = fold_factors(m, fmaxf(ceilf(sink), kEmpty));
-        a = f.a;
-        l = fold_value(l, exp2_fast(sink - fmaxf(ceilf(sink), kEmpty)), f);
-      }
-      const float inverse = a / l;
-#pragma unroll
-      for (float& y : x) y *= inverse;
-      rotate_column<S::head_dim>(x, lane);
-      if (local < b.columns) {
-        const int64_t start = row * p.out.token_stride + query_head * p.out.head_stride + 2 * g;
-#pragma unroll
-        for (int t = 0; t < S::head_dim / 16; ++t) {
-          store_element(x[2 * t], p.out.data, p.out.dtype, start + 16 * t);
-          store_element(x[2 * t + 1], p.out.data, p.out.dtype, start + 16 * t + 1);
-        }
-      }
-    }
-  }
-};
-
-// How far the order closes after a unit: 0 nothing, 1 its group, 2 its chapter too.
+// A segment's result, all of it in `total`, to the rows of the warp's columns. Not inlined: two roles end with it, and code
+// that is read from far away takes longer than a call.
 template <class S>
-__device__ inline int closes(const AttendParameters& p, const BlockPlan& b, int unit) {
-  const int packed = packed_units(b);
-  if (unit < packed) {
-    const int after = b.first_tile / kPieceTiles + unit + 1;
-    if (unit + 1 == packed || after % (kFoldPieces * kFoldPieces) == 0) return 2;
-    return after % kFoldPieces == 0 ? 1 : 0;
+__device__ __noinline__ void finish(const AttendParameters& p, const BlockPlan& b, int head, int warp,
+                       const StoredState<S::head_dim>& total, int lane) {
+  const int g = lane >> 2, i = lane & 3, local = kWarpColumns * warp + i;
+  if (kWarpColumns * warp >= b.columns) return;
+  const int column = b.first_column + min(local, b.columns - 1);
+  const int row = b.row + column / p.group, query_head = head * p.group + column % p.group;
+  float x[S::head_dim / 8], a = 1, l = total.l[i];
+#pragma unroll
+  for (int q = 0; q < S::head_dim / 32; ++q) {
+    const float4 y = total.out[q][lane];
+    x[4 * q] = y.x, x[4 * q + 1] = y.y, x[4 * q + 2] = y.z, x[4 * q + 3] = y.w;
   }
-  return unit + 1 == packed + pieces_of(own_tokens<S>(b, p.group, 0)) || unit + 1 == b.units ? 2 : 0;
+  if (p.sinks != nullptr) {  // one more logit in the sum
+    const float sink = p.sinks[query_head] * 1.44269504f, unit = fmaxf(ceilf(sink), kEmpty);
+    const FoldFactors f = fold_factors(total.m[i], unit);
+    a = f.a;
+    l = fold_value(l, exp2_fast(sink - unit), f);
+  }
+  const float inverse = a / l;
+#pragma unroll
+  for (float& y : x) y *= inverse;
+  rotate_column<S::head_dim>(x, lane);
+  if (local >= b.columns) return;
+  const int64_t start = row * p.out.token_stride + query_head * p.out.head_stride + 2 * g;
+#pragma unroll
+  for (int t = 0; t < S::head_dim / 16; ++t) {
+    const float low = x[2 * t], high = x[2 * t + 1];
+    const int64_t to = start + 16 * t;
+    if (p.out.dtype == KVARN_FLOAT32) {
+      float* out = static_cast<float*>(p.out.data) + to;
+      out[0] = low, out[1] = high;
+    } else {
+      const uint32_t bits = p.out.dtype == KVARN_FLOAT16 ? pack_halves(low, high) : pack_bfloats(low, high);
+      uint16_t* out = static_cast<uint16_t*>(p.out.data) + to;
+      out[0] = static_cast<uint16_t>(bits), out[1] = static_cast<uint16_t>(bits >> 16);
+    }
+  }
 }
 
-// The folding warp: every piece of the CTA's share, in order.
-template <class S, int kTiles>
-__device__ void fold_share(const AttendParameters& p, const Cut& cut, StoredState<S::head_dim, kTiles>* levels,
-                           StoredState<S::head_dim, kTiles>* results, Barrier* full, Barrier* empty,
-                           Barrier* queries_empty, MergeList& merges, int lane) {
-  const Folder<S, kTiles> folder{p, levels, lane};
-  const Parts<S, kTiles> parts(p, static_cast<int>(blockIdx.x));
-  PartCounts counts{0, 0};
-  int slot = 0, query_slot = 0;
-  uint32_t parity = 0;
-  Place at;
-  at.begin(p, cut);
-  for (bool more = cut.units > 0; more;) {
-    // One segment, or this CTA's part of it.
-    const int first_unit = at.unit, end_unit = min(at.units, first_unit + cut.units - at.number);
-    const bool whole = first_unit == 0 && end_unit == at.units;
-    int32_t& written = first_unit > 0 ? counts.head : counts.tail;
-    unsigned dirty = 0;  // bit l: level l holds something
-    const auto flush = [&](int level, int close) {
-      const int index = counts.head + counts.tail;
-      parts.part(index).copy(levels[level], lane);
-      if (lane == 0) parts.record().code[index] = static_cast<uint8_t>(level | close << 2);
-      ++written;
-      levels[level].clear(lane);
-      dirty &= ~(1u << level);
-      __syncwarp();
-    };
-    // The highest level whose state began where the order has one begin.
-    int open = first_unit == 0 ? 2 : closes<S>(p, p.plan.blocks[at.block], first_unit - 1) - 1;
-    folder.clear();
-    for (int unit = first_unit; unit < end_unit; ++unit) {
-      wait(&full[slot], parity);
-      fold(levels[0], results[slot], lane);
-      arrive(&empty[slot]);
-      if (++slot == p.folds) slot = 0, parity ^= 1;
-      dirty |= 1;
-      const int close = closes<S>(p, p.plan.blocks[at.block], unit);
-      for (int level = 0; level <= close; ++level) {
-        if (open < level) {
-          flush(level, close);
-          break;
+// The folding warp: every run of the CTA's share, in order. Levels: piece, then group, chapter and segment, which are
+// levels 0, 1 and 2 of the parts that a CTA leaves. It must take a run in less time than a team needs for a step.
+template <class S>
+class Folder {
+ public:
+  __device__ Folder(const AttendParameters& p, const Cut& cut, Room<S>& room, int lane)
+      : p_(p), cut_(cut), room_(room), parts_(p, static_cast<int>(blockIdx.x)), lane_(lane) {}
+
+  __device__ void run() {
+    if (cut_.units == 0) return;
+    const Schedule schedule(p_, cut_);
+    int query_slot = 0;
+    Place at;
+    at.begin(p_, cut_);
+#pragma unroll 1
+    for (int l = 0; l < Room<S>::kLevels; ++l) clear(l);
+#pragma unroll 1
+    for (bool more = true; more;) {
+      // One segment, or this CTA's part of it.
+      const BlockPlan& b = p_.plan.blocks[at.block];
+      const Closing closing = Closing::of<S>(b, p_.group);
+      const int first_unit = at.unit, end_unit = min(at.units, first_unit + cut_.units - at.number);
+      const bool begun_before = first_unit > 0;
+      // The highest level whose state began where the order has one begin.
+      int open = begun_before ? closing.after(first_unit - 1) - 1 : 2;
+#pragma unroll 1
+      for (int unit = first_unit; unit < end_unit; ++unit) {
+        if (schedule.splits(at.number + unit - first_unit))
+          take_steps(Unit::of<S>(b, p_.group, unit).steps);
+        else
+          take(1);
+        const int close = closing.after(unit);
+#pragma unroll 1
+        for (int level = 0; level <= close; ++level) {
+          if (open < level) {
+            flush(level, close, begun_before);
+            break;
+          }
+          if (level < close) close_level(level + 1);
         }
-        if (level == close) break;
-        folder.close(level, level + 1);
-        dirty = (dirty & ~(1u << level)) | 2u << level;
+        open = max(open, close - 1);
       }
-      open = max(open, close - 1);
+      if (!begun_before && end_unit == at.units) {
+#pragma unroll 1
+        for (int w = 0; w < p_.team_warps; ++w) finish<S>(p_, b, at.head, w, level(3, w), lane_);
+        __syncwarp();
+        clear(3);
+      } else {
+#pragma unroll 1
+        for (int level = 2; level >= 0; --level)
+          if (filled_ >> (level + 1) & 1) flush(level, level, begun_before);
+        share<S>(p_, at, counts_, first_unit, end_unit - first_unit, room_.merges, lane_);
+      }
+      arrive(&room_.queries_empty[query_slot]);
+      if (++query_slot == p_.teams) query_slot = 0;
+      more = at.advance(p_, end_unit - first_unit, cut_.units);
     }
-    if (whole) {
-      folder.finish(p.plan.blocks[at.block], at.head);
-    } else {
-      for (int level = 2; level >= 0; --level)
-        if (dirty >> level & 1) flush(level, level);
-      share<S, kTiles>(p, at, counts, first_unit, end_unit - first_unit, merges, lane);
-    }
-    __syncwarp();
-    arrive(&queries_empty[query_slot]);
-    if (++query_slot == p.query_slots) query_slot = 0;
-    more = at.advance(p, end_unit - first_unit, cut.units);
   }
-}
+
+ private:
+  __device__ StoredState<S::head_dim>& level(int level, int warp) const {
+    return room_.level(p_, buffers_ >> 4 * level & 15, warp);
+  }
+  __device__ void clear(int level) {
+#pragma unroll 1
+    for (int w = 0; w < p_.team_warps; ++w) this->level(level, w).clear(lane_);
+    filled_ &= ~(1u << level);
+    __syncwarp();
+  }
+  // Folds `level` into the one above it. If that is empty they change places, which gives the same.
+  __device__ void close_level(int level) {
+    if (filled_ >> (level + 1) & 1) {
+#pragma unroll 1
+      for (int w = 0; w < p_.team_warps; ++w) fold(this->level(level + 1, w), this->level(level, w), lane_);
+      clear(level);
+    } else {
+      const unsigned differ = (buffers_ >> 4 * level ^ buffers_ >> 4 * (level + 1)) & 15;
+      buffers_ ^= differ << 4 * level | differ << 4 * (level + 1);
+      filled_ = (filled_ & ~(1u << level)) | 2u << level;
+    }
+  }
+  // The next run into a level.
+  __device__ void take(int level) {
+    wait(&room_.results_full[slot_], parity_);
+#pragma unroll 1
+    for (int w = 0; w < p_.team_warps; ++w) fold(this->level(level, w), room_.result(p_, slot_, w), lane_);
+    filled_ |= 1u << level;
+    release();
+  }
+  // A unit whose steps are runs.
+  __device__ void take_steps(int steps) {
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) take(0);
+#pragma unroll 1
+    for (int step = steps; step < kPieceTiles; ++step) {  // there is nothing in these
+      wait(&room_.results_full[slot_], parity_);
+      release();
+    }
+    close_level(0);
+  }
+  __device__ void release() {
+    arrive(&room_.results_empty[slot_]);
+    if (++slot_ == p_.results) slot_ = 0, parity_ ^= 1;
+  }
+  // Leaves a level for whoever merges the segment.
+  __device__ void flush(int level, int close, bool begun_before) {
+    const int index = counts_.head + counts_.tail;
+#pragma unroll 1
+    for (int w = 0; w < p_.team_warps; ++w) parts_.part(index)[w].copy(this->level(level + 1, w), lane_);
+    if (lane_ == 0) parts_.code(index) = level | close << 2;
+    ++(begun_before ? counts_.head : counts_.tail);
+    __syncwarp();
+    clear(level + 1);
+  }
+
+  const AttendParameters& p_;
+  const Cut& cut_;
+  Room<S>& room_;
+  Parts<S> parts_;
+  PartCounts counts_{0, 0};
+  int lane_, slot_ = 0;
+  uint32_t parity_ = 0;
+  unsigned filled_ = 0;  // bit l: level l holds something
+  unsigned buffers_ = 0x3210;  // digit l: where level l is
+};
 
 }  // namespace kvarn::cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One packed tile and the columns of a block, by one warp, from shared memory: integer products on the codes.
+// One packed tile and the four columns of a warp, from shared memory: integer products on the codes.
 //
 // q * s_k becomes 16-bit integers (two signed bytes, the even and the odd column of an MMA) in a unit of the tile and
 // column; p * s_v likewise (two unsigned bytes). Products are exact, so they depend on nothing but the tile and the column.
@@ -50,32 +50,28 @@ __device__ inline uint32_t single(const format::Plane& plane, uint32_t word, int
   return word >> (field * plane.width) & ((1u << plane.width) - 1) * 0x01010101u;
 }
 
-// sums[field][nt][h]: row 16 (block * fields + field) + 2 g + h times column 4 nt + i, as 256 * high + low.
-template <class S, bool kKeys, int kTiles, int kBlock>
-__device__ inline void product(const uint8_t* codes, const uint32_t (&operand)[kTiles][Matrix<S, kKeys>::lines],
-                               int lane, int (&sums)[Matrix<S, kKeys>::fields][kTiles][2]) {
+// sums[field][h]: row 16 (block * fields + field) + 2 g + h times column i, as 256 * high + low.
+template <class S, bool kKeys, int kBlock>
+__device__ inline void product(const uint8_t* codes, const uint32_t (&operand)[Matrix<S, kKeys>::lines], int lane,
+                               int (&sums)[Matrix<S, kKeys>::fields][2]) {
   using M = Matrix<S, kKeys>;
   constexpr format::Plane plane = M::plane, upper = M::planes.plane[1];
-  int c[M::fields][kTiles][4] = {}, u[M::two_planes ? M::fields : 1][kTiles][4] = {};
+  int c[M::fields][4] = {}, u[M::two_planes ? M::fields : 1][4] = {};
   const auto step = [&]<int kLine>() {
     const uint2 w = load_words<kBlock, kLine>(plane, codes, lane), v = load_words<kBlock, kLine + 1>(plane, codes, lane);
 #pragma unroll
     for (int f = 0; f < M::fields; ++f)
-#pragma unroll
-      for (int nt = 0; nt < kTiles; ++nt)
-        mma_bytes<kKeys>(c[f][nt], nested(plane, w.x, f), nested(plane, w.y, f), nested(plane, v.x, f),
-                         nested(plane, v.y, f), operand[nt][kLine], operand[nt][kLine + 1]);
+      mma_bytes<kKeys>(c[f], nested(plane, w.x, f), nested(plane, w.y, f), nested(plane, v.x, f), nested(plane, v.y, f),
+                       operand[kLine], operand[kLine + 1]);
     if constexpr (M::two_planes) {
       constexpr int kUpper = kBlock * M::fields / upper.row_fields, kField = kBlock * M::fields % upper.row_fields;
       const uint8_t* more = codes + plane.bytes();
       const uint2 x = load_words<kUpper, kLine>(upper, more, lane), y = load_words<kUpper, kLine + 1>(upper, more, lane);
 #pragma unroll
       for (int f = 0; f < M::fields; ++f)
-#pragma unroll
-        for (int nt = 0; nt < kTiles; ++nt)
-          mma_bytes<kKeys>(u[f][nt], single(upper, x.x, kField + f), single(upper, x.y, kField + f),
-                           single(upper, y.x, kField + f), single(upper, y.y, kField + f), operand[nt][kLine],
-                           operand[nt][kLine + 1]);
+        mma_bytes<kKeys>(u[f], single(upper, x.x, kField + f), single(upper, x.y, kField + f),
+                         single(upper, y.x, kField + f), single(upper, y.y, kField + f), operand[kLine],
+                         operand[kLine + 1]);
     }
   };
   [&]<int... kSteps>(std::integer_sequence<int, kSteps...>) {
@@ -85,19 +81,17 @@ __device__ inline void product(const uint8_t* codes, const uint32_t (&operand)[k
 #pragma unroll
   for (int f = M::fields - 1; f >= 0; --f)
 #pragma unroll
-    for (int nt = 0; nt < kTiles; ++nt)
+    for (int h = 0; h < 2; ++h) {
+      int value[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int value[2];
-#pragma unroll
-        for (int limb = 0; limb < 2; ++limb) {
-          value[limb] = c[f][nt][2 * h + limb];
-          if (f > 0) value[limb] -= c[f - 1][nt][2 * h + limb];
-          if constexpr (M::two_planes)
-            value[limb] = (value[limb] >> (plane.width * f)) + (u[f][nt][2 * h + limb] << plane.width);
-        }
-        sums[f][nt][h] = 256 * value[0] + value[1];
+      for (int limb = 0; limb < 2; ++limb) {
+        value[limb] = c[f][2 * h + limb];
+        if (f > 0) value[limb] -= c[f - 1][2 * h + limb];
+        if constexpr (M::two_planes)
+          value[limb] = (value[limb] >> (plane.width * f)) + (u[f][2 * h + limb] << plane.width);
       }
+      sums[f][h] = 256 * value[0] + value[1];
+    }
 }
 
 template <class S, bool kKeys, class Body>
@@ -107,64 +101,56 @@ __device__ inline void for_blocks(Body body) {
   }(std::make_integer_sequence<int, Matrix<S, kKeys>::blocks>{});
 }
 
-// Scores in log2 units, y[nt][T][h] of token 16 T + 2 g + h. `queries` f32 [4 kTiles][D], rotated and scaled.
-template <class S, int kTiles>
+// Scores in log2 units, y[T][h] of token 16 T + 2 g + h. `queries` f32 [4][D], rotated and scaled.
+template <class S>
 __device__ inline void packed_scores(const uint8_t* record, const float* queries, int lane,
-                                     float (&y)[kTiles][S::page_tokens / 16][2]) {
+                                     float (&y)[S::page_tokens / 16][2]) {
   using M = Matrix<S, true>;
   constexpr float kRange = 32000.0f, kMagic = 12582912.0f;  // 1.5 * 2^23: an integer in a float's low bits
   const int g = lane >> 2, i = lane & 3;
-  uint32_t operand[kTiles][M::lines];
-  float unit[kTiles], zero[kTiles];
+  uint32_t operand[M::lines];
+  float r[M::lines][4], largest = 0, z = 0;
 #pragma unroll
-  for (int nt = 0; nt < kTiles; ++nt) {
-    float r[M::lines][4], largest = 0, z = 0;
+  for (int line = 0; line < M::lines; ++line) {
+    const int d = 16 * line + 4 * i;
+    const float4 q = load_as<float4>(queries + (g >> 1) * S::head_dim + d);
+    const uint2 scale = load_as<uint2>(record + S::layout.k_scale + 2 * d);
+    const uint2 zeros = load_as<uint2>(record + S::layout.k_zero + 2 * d);
+    const float2 s0 = widen(scale.x), s1 = widen(scale.y), z0 = widen(zeros.x), z1 = widen(zeros.y);
+    r[line][0] = q.x * s0.x;
+    r[line][1] = q.y * s0.y;
+    r[line][2] = q.z * s1.x;
+    r[line][3] = q.w * s1.y;
+    z = __fmaf_rn(q.w, z1.y, __fmaf_rn(q.z, z1.x, __fmaf_rn(q.y, z0.y, __fmaf_rn(q.x, z0.x, z))));
 #pragma unroll
-    for (int line = 0; line < M::lines; ++line) {
-      const int d = 16 * line + 4 * i;
-      const float4 q = load_as<float4>(queries + (4 * nt + (g >> 1)) * S::head_dim + d);
-      const uint2 scale = load_as<uint2>(record + S::layout.k_scale + 2 * d);
-      const uint2 zeros = load_as<uint2>(record + S::layout.k_zero + 2 * d);
-      const float2 s0 = widen(scale.x), s1 = widen(scale.y), z0 = widen(zeros.x), z1 = widen(zeros.y);
-      r[line][0] = q.x * s0.x;
-      r[line][1] = q.y * s0.y;
-      r[line][2] = q.z * s1.x;
-      r[line][3] = q.w * s1.y;
-      z = __fmaf_rn(q.w, z1.y, __fmaf_rn(q.z, z1.x, __fmaf_rn(q.y, z0.y, __fmaf_rn(q.x, z0.x, z))));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) largest = fmaxf(largest, fabsf(r[line][j]));
-    }
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    z = z + __shfl_xor_sync(~0u, z, 1);
-    z = z + __shfl_xor_sync(~0u, z, 2);
-    const float inverse = __fdividef(kRange, fmaxf(largest, 1e-30f));
-    const uint32_t bytes = g & 1 ? 0x0040u : 0x0051u, sign = g & 1 ? 0x80808080u : 0u;
-#pragma unroll
-    for (int line = 0; line < M::lines; ++line) {
-      uint32_t w[4];  // value + 128: byte 1 is the high limb, byte 0 - 128 the low one
-#pragma unroll
-      for (int j = 0; j < 4; ++j) w[j] = __float_as_uint(__fmaf_rn(r[line][j], inverse, kMagic + 128.0f));
-      operand[nt][line] =
-          __byte_perm(__byte_perm(w[0], w[2], bytes), __byte_perm(w[1], w[3], bytes), 0x5410) ^ sign;
-    }
-    // From the lanes of column g / 2 to those of column i.
-    unit[nt] = __shfl_sync(~0u, fmaxf(largest, 1e-30f) * (1.0f / kRange), 8 * i);
-    zero[nt] = __shfl_sync(~0u, z, 8 * i);
+    for (int j = 0; j < 4; ++j) largest = fmaxf(largest, fabsf(r[line][j]));
   }
+  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+  z = z + __shfl_xor_sync(~0u, z, 1);
+  z = z + __shfl_xor_sync(~0u, z, 2);
+  const float inverse = __fdividef(kRange, fmaxf(largest, 1e-30f));
+  const uint32_t bytes = g & 1 ? 0x0040u : 0x0051u, sign = g & 1 ? 0x80808080u : 0u;
+#pragma unroll
+  for (int line = 0; line < M::lines; ++line) {
+    uint32_t w[4];  // value + 128: byte 1 is the high limb, byte 0 - 128 the low one
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[j] = __float_as_uint(__fmaf_rn(r[line][j], inverse, kMagic + 128.0f));
+    operand[line] = __byte_perm(__byte_perm(w[0], w[2], bytes), __byte_perm(w[1], w[3], bytes), 0x5410) ^ sign;
+  }
+  // From the lanes of column g / 2 to those of column i.
+  const float unit = __shfl_sync(~0u, fmaxf(largest, 1e-30f) * (1.0f / kRange), 8 * i);
+  const float zero = __shfl_sync(~0u, z, 8 * i);
   for_blocks<S, true>([&]<int kBlock>() {
-    int sums[M::fields][kTiles][2];
-    product<S, true, kTiles, kBlock>(record, operand, lane, sums);
+    int sums[M::fields][2];
+    product<S, true, kBlock>(record, operand, lane, sums);
 #pragma unroll
     for (int f = 0; f < M::fields; ++f) {
       constexpr int kFirst = kBlock * M::fields;
       const float2 t = widen(load_as<uint32_t>(record + S::layout.k_token + 2 * (16 * (kFirst + f) + 2 * g)));
-#pragma unroll
-      for (int nt = 0; nt < kTiles; ++nt) {
-        const float u = unit[nt] * (1.0f / (1 << M::excess(f)));
-        y[nt][kFirst + f][0] = __fmaf_rn(__int2float_rn(sums[f][nt][0]), u, zero[nt]) * t.x;
-        y[nt][kFirst + f][1] = __fmaf_rn(__int2float_rn(sums[f][nt][1]), u, zero[nt]) * t.y;
-      }
+      const float u = unit * (1.0f / (1 << M::excess(f)));
+      y[kFirst + f][0] = __fmaf_rn(__int2float_rn(sums[f][0]), u, zero) * t.x;
+      y[kFirst + f][1] = __fmaf_rn(__int2float_rn(sums[f][1]), u, zero) * t.y;
     }
   });
 }
@@ -195,68 +181,63 @@ __device__ inline void softmax(float (&y)[kRowTiles][2], float& m, float& l) {
   l = over_rows(sum[0] + sum[1], sum_of);
 }
 
-// The unit changes exactly, so it is only done when some column's does.
-template <int kHeadDim, int kTiles>
-__device__ inline void rescale(State<kHeadDim, kTiles>& state, int nt, float a) {
-  if (__any_sync(~0u, a != 1.0f)) {
+// The factors by which the state so far and a step of unit m are multiplied; the state's m, l and sums take theirs. The
+// unit changes exactly, so the sums are only touched when some column's does: what fold_value does, for no -0 is among them.
+template <int kHeadDim>
+__device__ inline float begin_step(State<kHeadDim>& state, float m, float l) {
+  const FoldFactors f = fold_factors(state.m, m);
+  state.m = f.m;
+  state.l = fold_value(state.l, l, f);
+  if (__any_sync(~0u, f.a != 1.0f)) {
 #pragma unroll
-    for (float& x : state.out[nt]) x = __fmaf_rn(x, a, 0.0f);
+    for (float& x : state.out) x = __fmaf_rn(x, f.a, 0.0f);
   }
+  return f.b;
 }
 
 // Takes the scores of a tile into the state. `record` points at the whole record, its V part has arrived.
-template <class S, int kTiles>
-__device__ inline void packed_outputs(const uint8_t* record, float (&y)[kTiles][S::page_tokens / 16][2], int lane,
-                                      State<S::head_dim, kTiles>& state) {
+template <class S>
+__device__ inline void packed_outputs(const uint8_t* record, float (&y)[S::page_tokens / 16][2], int lane,
+                                      State<S::head_dim>& state) {
   using M = Matrix<S, false>;
   constexpr float kRange = 65000.0f, kMagic = 8388608.0f;  // 2^23
   constexpr int kRowTiles = S::page_tokens / 16;
   const int g = lane >> 2;
-  uint32_t operand[kTiles][M::lines];
-  float unit[kTiles], zero[kTiles];
+  uint32_t operand[M::lines];
+  float m, l, z = 0, largest = 0;
+  softmax(y, m, l);
+  const float b = begin_step(state, m, l);
 #pragma unroll
-  for (int nt = 0; nt < kTiles; ++nt) {
-    float m, l, z = 0, largest = 0;
-    softmax(y[nt], m, l);
-    const FoldFactors f = fold_factors(state.m[nt], m);
-    state.m[nt] = f.m;
-    state.l[nt] = fold_value(state.l[nt], l, f);
-    rescale(state, nt, f.a);
+  for (int t = 0; t < kRowTiles; ++t) {
+    const float2 s = widen(load_as<uint32_t>(record + S::layout.v_scale + 2 * (16 * t + 2 * g)));
+    const float2 zeros = widen(load_as<uint32_t>(record + S::layout.v_zero + 2 * (16 * t + 2 * g)));
+    z = __fmaf_rn(y[t][1], zeros.y, __fmaf_rn(y[t][0], zeros.x, z));
+    y[t][0] *= s.x;
+    y[t][1] *= s.y;
+    largest = fmaxf(largest, fmaxf(y[t][0], y[t][1]));
+  }
+  largest = fmaxf(over_rows(largest, max_of), 1e-30f);
+  const float inverse = __fdividef(kRange, largest);
+  const float unit = largest * (1.0f / kRange), zero = over_rows(z, sum_of);
 #pragma unroll
-    for (int t = 0; t < kRowTiles; ++t) {
-      const float2 s = widen(load_as<uint32_t>(record + S::layout.v_scale + 2 * (16 * t + 2 * g)));
-      const float2 zeros = widen(load_as<uint32_t>(record + S::layout.v_zero + 2 * (16 * t + 2 * g)));
-      z = __fmaf_rn(y[nt][t][1], zeros.y, __fmaf_rn(y[nt][t][0], zeros.x, z));
-      y[nt][t][0] *= s.x;
-      y[nt][t][1] *= s.y;
-      largest = fmaxf(largest, fmaxf(y[nt][t][0], y[nt][t][1]));
-    }
-    largest = fmaxf(over_rows(largest, max_of), 1e-30f);
-    const float inverse = __fdividef(kRange, largest);
-    unit[nt] = largest * (1.0f / kRange) * f.b;
-    zero[nt] = over_rows(z, sum_of) * f.b;
-#pragma unroll
-    for (int t = 0; t < kRowTiles; ++t) {
-      const uint32_t w0 = __float_as_uint(__fmaf_rn(y[nt][t][0], inverse, kMagic)),
-                     w1 = __float_as_uint(__fmaf_rn(y[nt][t][1], inverse, kMagic));
-      // high limbs of both tokens, then low ones; transposed, 4 tokens of one limb; in the order of a word's bytes
-      operand[nt][t] = __byte_perm(transpose(__byte_perm(w0, w1, 0x4051)), 0, 0x3120);
-    }
+  for (int t = 0; t < kRowTiles; ++t) {
+    const uint32_t w0 = __float_as_uint(__fmaf_rn(y[t][0], inverse, kMagic)),
+                   w1 = __float_as_uint(__fmaf_rn(y[t][1], inverse, kMagic));
+    // high limbs of both tokens, then low ones; transposed, 4 tokens of one limb; in the order of a word's bytes
+    operand[t] = __byte_perm(transpose(__byte_perm(w0, w1, 0x4051)), 0, 0x3120);
   }
   for_blocks<S, false>([&]<int kBlock>() {
-    int sums[M::fields][kTiles][2];
-    product<S, false, kTiles, kBlock>(record + S::layout.v_codes, operand, lane, sums);
+    int sums[M::fields][2];
+    product<S, false, kBlock>(record + S::layout.v_codes, operand, lane, sums);
 #pragma unroll
     for (int f = 0; f < M::fields; ++f) {
       constexpr int kFirst = kBlock * M::fields;
       const float2 c = widen(load_as<uint32_t>(record + S::layout.v_channel + 2 * (16 * (kFirst + f) + 2 * g)));
-#pragma unroll
-      for (int nt = 0; nt < kTiles; ++nt) {
-        const float u = unit[nt] * (1.0f / (1 << M::excess(f)));
-        float* out = state.out[nt] + 2 * (kFirst + f);
-        out[0] = __fmaf_rn(__fmaf_rn(__int2float_rn(sums[f][nt][0]), u, zero[nt]), c.x, out[0]);
-        out[1] = __fmaf_rn(__fmaf_rn(__int2float_rn(sums[f][nt][1]), u, zero[nt]), c.y, out[1]);
-      }
+      const float u = unit * (1.0f / (1 << M::excess(f)));
+      // The step's own sum is rounded before it is added, so that it may as well be added from memory.
+      float* out = state.out + 2 * (kFirst + f);
+      out[0] = __fmaf_rn(__fmaf_rn(__int2float_rn(sums[f][0]), u, zero) * c.x, b, out[0]);
+      out[1] = __fmaf_rn(__fmaf_rn(__int2float_rn(sums[f][1]), u, zero) * c.y, b, out[1]);
     }
   });
 }

@@ -2,11 +2,11 @@
 // The running softmax of a few columns, and how one follows another.
 //
 // A column's state is (m, l, O): weights are in units of 2^m with m an integer, so that changing the unit is exact and
-// only the order of the additions decides the bits. That order is fixed: tiles in a piece, pieces in a group, groups in a
-// chapter, chapters in the segment (docs/kernels.md). Folding an empty state (m = kEmpty, zeros) changes nothing.
+// only the order of the additions decides the bits. That order is fixed: steps (tiles) in a piece, pieces in a group, groups
+// in a chapter, chapters in the segment (docs/kernels.md), each by fold_value, in registers or in memory. Folding an empty state (m = kEmpty, zeros) changes nothing.
 //
-// Lane 4 g + i holds of n-tile nt the column 4 nt + i: channels 16 T + 2 g and + 1 for T = 0, 1, ..; m and l are the
-// same in all g.
+// A warp has four columns. Lane 4 g + i holds of column i the channels 16 T + 2 g and + 1 for T = 0, 1, ..; m and l are
+// the same in all g.
 #pragma once
 
 #include "cuda/machine.cuh"
@@ -14,56 +14,48 @@
 namespace kvarn::cuda {
 
 inline constexpr float kEmpty = -1e30f;
+inline constexpr int kWarpColumns = 4;
 
-template <int kHeadDim, int kTiles>
+template <int kHeadDim>
 struct State {
-  float m[kTiles], l[kTiles];
-  float out[kTiles][kHeadDim / 8];  // [T][2]
+  float m, l;
+  float out[kHeadDim / 8];  // [T][2]
 
   __device__ void clear() {
+    m = kEmpty, l = 0;
 #pragma unroll
-    for (int nt = 0; nt < kTiles; ++nt) {
-      m[nt] = kEmpty;
-      l[nt] = 0;
-#pragma unroll
-      for (float& x : out[nt]) x = 0;
-    }
+    for (float& x : out) x = 0;
   }
 };
 
-// A state in memory: [kTiles][D / 32][lane] of 16 bytes (two T's), then m and l of the columns.
-template <int kHeadDim, int kTiles>
+// A state in memory: [D / 32][lane] of 16 bytes (two T's), then m and l of the columns.
+template <int kHeadDim>
 struct StoredState {
-  float4 out[kTiles][kHeadDim / 32][32];
-  float m[4 * kTiles], l[4 * kTiles];
+  float4 out[kHeadDim / 32][32];
+  float m[kWarpColumns], l[kWarpColumns];
 
-  __device__ void store(const State<kHeadDim, kTiles>& s, int lane) {
+  __device__ void store(const State<kHeadDim>& s, int lane) {
 #pragma unroll
-    for (int nt = 0; nt < kTiles; ++nt) {
-#pragma unroll
-      for (int q = 0; q < kHeadDim / 32; ++q) {
-        const float* x = s.out[nt] + 4 * q;
-        out[nt][q][lane] = make_float4(x[0], x[1], x[2], x[3]);
-      }
-      if (lane < 4) m[4 * nt + lane] = s.m[nt], l[4 * nt + lane] = s.l[nt];
+    for (int q = 0; q < kHeadDim / 32; ++q) {
+      const float* x = s.out + 4 * q;
+      out[q][lane] = make_float4(x[0], x[1], x[2], x[3]);
     }
+    if (lane < kWarpColumns) m[lane] = s.m, l[lane] = s.l;
   }
-  // Channel d of the lane's column, for a writer that holds other channels.
-  __device__ float& at(int nt, int d, int i) {
+  // Channel d of column i, for a writer that holds other channels.
+  __device__ float& at(int d, int i) {
     const int tile = d / 16, lane = 4 * (d % 16 / 2) + i;
-    return reinterpret_cast<float*>(&out[nt][tile / 2][lane])[2 * (tile % 2) + d % 2];
+    return reinterpret_cast<float*>(&out[tile / 2][lane])[2 * (tile % 2) + d % 2];
   }
   __device__ void copy(const StoredState& from, int lane) {
-    for (int nt = 0; nt < kTiles; ++nt) {
-      for (int q = 0; q < kHeadDim / 32; ++q) out[nt][q][lane] = from.out[nt][q][lane];
-      if (lane < 4) m[4 * nt + lane] = from.m[4 * nt + lane], l[4 * nt + lane] = from.l[4 * nt + lane];
-    }
+#pragma unroll
+    for (int q = 0; q < kHeadDim / 32; ++q) out[q][lane] = from.out[q][lane];
+    if (lane < kWarpColumns) m[lane] = from.m[lane], l[lane] = from.l[lane];
   }
   __device__ void clear(int lane) {
-    for (int nt = 0; nt < kTiles; ++nt) {
-      for (int q = 0; q < kHeadDim / 32; ++q) out[nt][q][lane] = make_float4(0, 0, 0, 0);
-      if (lane < 4) m[4 * nt + lane] = kEmpty, l[4 * nt + lane] = 0;
-    }
+#pragma unroll
+    for (int q = 0; q < kHeadDim / 32; ++q) out[q][lane] = make_float4(0, 0, 0, 0);
+    if (lane < kWarpColumns) m[lane] = kEmpty, l[lane] = 0;
   }
 };
 
@@ -80,21 +72,20 @@ __device__ inline float fold_value(float earlier, float later, const FoldFactors
 }
 
 // total = total followed by part, by one warp.
-template <int kHeadDim, int kTiles>
-__device__ void fold(StoredState<kHeadDim, kTiles>& total, const StoredState<kHeadDim, kTiles>& part, int lane) {
-  for (int nt = 0; nt < kTiles; ++nt) {
-    const int column = 4 * nt + (lane & 3);
-    const FoldFactors f = fold_factors(total.m[column], part.m[column]);
-    const float l = fold_value(total.l[column], part.l[column], f);
+template <int kHeadDim>
+__device__ inline void fold(StoredState<kHeadDim>& total, const StoredState<kHeadDim>& part, int lane) {
+  const int column = lane & 3;
+  float4 x[kHeadDim / 32], y[kHeadDim / 32];  // all read before any is written: the compiler cannot know that they differ
 #pragma unroll
-    for (int q = 0; q < kHeadDim / 32; ++q) {
-      const float4 x = total.out[nt][q][lane], y = part.out[nt][q][lane];
-      total.out[nt][q][lane] = make_float4(fold_value(x.x, y.x, f), fold_value(x.y, y.y, f), fold_value(x.z, y.z, f),
-                                           fold_value(x.w, y.w, f));
-    }
-    __syncwarp();
-    if (lane < 4) total.m[column] = f.m, total.l[column] = l;
-  }
+  for (int q = 0; q < kHeadDim / 32; ++q) x[q] = total.out[q][lane], y[q] = part.out[q][lane];
+  const FoldFactors f = fold_factors(total.m[column], part.m[column]);
+  const float l = fold_value(total.l[column], part.l[column], f);
+  __syncwarp();
+#pragma unroll
+  for (int q = 0; q < kHeadDim / 32; ++q)
+    total.out[q][lane] = make_float4(fold_value(x[q].x, y[q].x, f), fold_value(x[q].y, y[q].y, f),
+                                     fold_value(x[q].z, y[q].z, f), fold_value(x[q].w, y[q].w, f));
+  if (lane < kWarpColumns) total.m[column] = f.m, total.l[column] = l;
   __syncwarp();
 }
 

@@ -20,7 +20,7 @@ __device__ inline void publish_barriers() {
 #endif
 }
 
-// By all lanes: each releases what it wrote itself.
+// By every lane that calls: each releases what it wrote itself, and what it saw before a __syncwarp.
 __device__ inline void arrive(Barrier* barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -51,25 +51,43 @@ inline constexpr uint32_t kCopyArrivals = 1;
 inline constexpr uint32_t kCopyArrivals = 32;
 #endif
 
-// Announces `bytes` that copies will bring; called by all lanes before the copies.
-__device__ inline void expect_copies(Barrier* barrier, uint32_t bytes, int lane) {
-#if __CUDA_ARCH__ >= 900
-  if (lane == 0)
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(
-                     shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-  __syncwarp();
-#endif
-}
-
-// One lane's copy of `bytes`, a multiple of 16. Before sm_90 that lane carries all of it.
-__device__ inline void copy_row(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+// Announces `bytes` that copies will bring: by one lane, or by all lanes, of which one announces, before the copies.
+__device__ inline void expect_bytes(Barrier* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+      "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+__device__ inline void expect_copies(Barrier* barrier, uint32_t bytes, bool announces) {
+  if (announces) expect_bytes(barrier, bytes);
+  __syncwarp();
+}
+
+// In place of copies, where a barrier waits for some but there is nothing to bring; by all lanes.
+__device__ inline void expect_nothing(Barrier* barrier, bool announces) {
+  if (announces || kCopyArrivals > 1) arrive(barrier);
+}
+
+// How the caches treat what is read once: it leaves the second level first, which keeps what is read again (code, plan,
+// partial results).
+struct ReadOnce {
+  uint64_t policy = 0;
+  __device__ ReadOnce() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  }
+};
+
+// One lane's copy of `bytes`, a multiple of 16. Before sm_90 that lane carries all of it.
+__device__ inline void copy_row(void* to, const void* from, uint32_t bytes, Barrier* barrier, ReadOnce once) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)), "l"(once.policy)
       : "memory");
 #else
   for (uint32_t i = 0; i < bytes; i += 16)
@@ -80,12 +98,13 @@ __device__ inline void copy_row(void* to, const void* from, uint32_t bytes, Barr
 }
 
 // The warp's copy of one stretch.
-__device__ inline void copy_stretch(void* to, const void* from, uint32_t bytes, Barrier* barrier, int lane) {
+__device__ inline void copy_stretch(void* to, const void* from, uint32_t bytes, Barrier* barrier, int lane,
+                                    ReadOnce once) {
 #if __CUDA_ARCH__ >= 900
-  if (lane == 0) copy_row(to, from, bytes, barrier);
+  if (lane == 0) copy_row(to, from, bytes, barrier, once);
 #else
   for (uint32_t i = 16 * lane; i < bytes; i += 512)
-    copy_row(static_cast<uint8_t*>(to) + i, static_cast<const uint8_t*>(from) + i, 16, barrier);
+    copy_row(static_cast<uint8_t*>(to) + i, static_cast<const uint8_t*>(from) + i, 16, barrier, once);
 #endif
 }
 

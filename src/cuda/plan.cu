@@ -114,8 +114,9 @@ __device__ Cut cut_at(const Inputs& in, const BlockPlan* blocks, int32_t count, 
   const int64_t rest = inside % size;
   int32_t unit;
   if (rest < packed) {
-    const auto tile = static_cast<int32_t>(rest / in.layout.record_bytes) + b.first_tile;
-    unit = (tile + kPieceTiles / 2) / kPieceTiles - b.first_tile / kPieceTiles;
+    // To the nearest edge of a piece; the first piece, which a window may have cut short, begins at 0.
+    const auto tile = static_cast<int32_t>(rest / in.layout.record_bytes);
+    unit = tile == 0 ? 0 : (b.first_tile + tile + kPieceTiles / 2) / kPieceTiles - b.first_tile / kPieceTiles;
   } else {
     unit = packed_units(b) +
            static_cast<int32_t>((rest - packed) / (int64_t{4} * in.layout.head_dim * kRawTokens));

@@ -54,9 +54,10 @@ struct PlanHeader {
 };
 
 // Pieces of the history that one warp chains; fixed, so that no result depends on how the work is cut.
-inline constexpr int kPieceTiles = 4;  // packed tiles of a piece, at absolute tile numbers
-inline constexpr int kRawTokens = 32;  // raw tokens of a piece, two halves of 16
-inline constexpr int kFoldPieces = 8;  // pieces of a group, and groups of a chapter
+inline constexpr int kPieceTiles = 4;                      // packed tiles of a piece, at absolute tile numbers
+inline constexpr int kRawStep = 16;                        // raw tokens in place of a tile
+inline constexpr int kRawTokens = kPieceTiles * kRawStep;  // of a piece
+inline constexpr int kFoldPieces = 8;                      // pieces of a group, and groups of a chapter
 inline constexpr int kMinBlockColumns = 4, kMaxBlockColumns = 16;
 
 // Columns of a block: as many as the largest request of the step needs, in steps that there are kernels for.
