@@ -19,8 +19,8 @@ struct AttendParameters {
   const float* sinks;
   int32_t requests, tokens, heads, group, window, max_parts;
   float factor, cap, cap_inverse;  // scale and soft cap in log2 units; 2 log2(e) / cap
-  // Of a CTA: warps that share a step, each with four columns; such teams; steps in flight of a team, K parts and V parts;
-  // runs whose results wait to be folded.
+  // Of a CTA: warps that share a step, each with four columns; such teams; steps in flight of a team, K parts and V
+  // parts; runs whose results wait to be folded.
   int32_t team_warps, teams, key_depth, value_depth, results;
 };
 
