@@ -2,9 +2,62 @@
 // attend, host side: parameters and the choice of the shape's kernel.
 #include "cuda/attend.hpp"
 
+#include "cuda/attend_room.cuh"
 #include "cuda/dispatch.hpp"
 
 namespace kvarn::cuda {
+namespace {
+
+constexpr int aligned(int64_t bytes) { return static_cast<int>((bytes + 127) / 128 * 128); }
+
+// Works out the rest of a division; false if it needs more than `limit` bytes.
+bool fits(const kvarn_layout& layout, int limit, Division& d) {
+  const int keys = slot_bytes(layout, key_part(layout)), values = slot_bytes(layout, value_part(layout));
+  const int warps = d.teams * d.team_warps, state = static_cast<int>(state_bytes(layout.head_dim));
+  if (d.teams * d.key_depth > kMaxSlots || d.states > kMaxStates) return false;
+  d.queries_at = aligned(sizeof(Room));
+  d.states_at = d.queries_at + aligned(int64_t{4} * kWarpColumns * layout.head_dim * kComputingWarps);
+  d.keys_at = d.states_at + aligned(int64_t{d.states} * warps * state);
+  d.values_at = d.keys_at + d.teams * d.key_depth * keys;
+  const int end = d.values_at + d.teams * d.value_depth * values;
+  // The end of the CTA needs no slots, but the states.
+  const int ending = static_cast<int>(sizeof(Ending));
+  d.bytes = std::max(end, d.keys_at + ending);
+  d.ending_at = d.bytes - ending;
+  return d.bytes <= limit;
+}
+
+}  // namespace
+
+cudaError_t divide(const kvarn_layout& layout, int32_t columns, Division& division) {
+  int device = 0, limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  const int team_warps = columns / kWarpColumns;
+  Division d{};
+  const auto use = [&](int teams, int states, int key_depth, int value_depth) {
+    Division wanted{};
+    wanted.team_warps = team_warps, wanted.teams = teams, wanted.states = states;
+    wanted.key_depth = key_depth, wanted.value_depth = value_depth;
+    if (!fits(layout, limit, wanted)) return false;
+    d = wanted;
+    return true;
+  };
+  // As many teams as there are warps for; room for what most lists are left with; then steps in flight, K parts first: while
+  // the one is computed the next is there; then more room.
+  int teams = kComputingWarps / team_warps;
+  while (teams > 0 && !use(teams, 2, 1, 1)) --teams;
+  if (teams == 0) return cudaErrorInvalidConfiguration;
+  while (d.states < 5 && use(teams, d.states + 1, 1, 1)) {
+  }
+  for (int depth = 1; depth < kPieceTiles; ++depth)
+    if (!use(teams, d.states, depth + 1, depth) || !use(teams, d.states, depth + 1, depth + 1)) break;
+  while (use(teams, d.states + 1, d.key_depth, d.value_depth)) {
+  }
+  division = d;
+  return cudaSuccess;
+}
 
 cudaError_t attend(const Launch& launch, const kvarn_rows& q, const kvarn_rows_out& out,
                    const kvarn_cuda_attention& attention) {
@@ -32,9 +85,8 @@ cudaError_t attend(const Launch& launch, const kvarn_rows& q, const kvarn_rows_o
   p.cap = attention.soft_cap * kLog2e;
   p.cap_inverse = p.cap > 0 ? 2 * kLog2e / p.cap : 0;
   const int32_t columns = block_columns(layout, static_cast<int32_t>(q.heads), launch.step.max_query_len);
-  return dispatch(layout, [&](auto shape) {
-    return attend_shape<decltype(shape)>(p, columns, launch.ctas, launch.stream);
-  });
+  if (const cudaError_t error = divide(layout, columns, p.in); error != cudaSuccess) return error;
+  return dispatch(layout, [&](auto shape) { return attend_shape<decltype(shape)>(p, launch.ctas, launch.stream); });
 }
 
 }  // namespace kvarn::cuda

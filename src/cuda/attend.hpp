@@ -1,11 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The parameters of attention's kernel, and its instances.
+// The parameters of attention's kernel, how a CTA is divided, and the kernel's instances.
 #pragma once
 
 #include "cuda/launch.hpp"
 #include "cuda/shape.hpp"
 
 namespace kvarn::cuda {
+
+// Of a CTA: warps that share a step, each with four columns; such teams; steps in flight of a team, K parts and V
+// parts; partial results of a warp for which there is room; where each begins in shared memory, and how much that is.
+struct Division {
+  int32_t team_warps, teams, key_depth, value_depth, states;
+  int32_t queries_at, states_at, keys_at, values_at, ending_at, bytes;
+};
+// For blocks of `columns` (4, 8, 16), on the current device. The plan cuts the work by it, attend runs by it.
+cudaError_t divide(const kvarn_layout& layout, int32_t columns, Division& division);
 
 struct AttendParameters {
   Plan plan;
@@ -19,13 +28,10 @@ struct AttendParameters {
   const float* sinks;
   int32_t requests, tokens, heads, group, window, max_parts;
   float factor, cap, cap_inverse;  // scale and soft cap in log2 units; 2 log2(e) / cap
-  // Of a CTA: warps that share a step, each with four columns; such teams; steps in flight of a team, K parts and V
-  // parts; runs whose results wait to be folded.
-  int32_t team_warps, teams, key_depth, value_depth, results;
+  Division in;
 };
 
-// columns: of a block, 4, 8 or 16.
 template <class S>
-cudaError_t attend_shape(AttendParameters p, int32_t columns, int32_t ctas, cudaStream_t stream);
+cudaError_t attend_shape(const AttendParameters& p, int32_t ctas, cudaStream_t stream);
 
 }  // namespace kvarn::cuda

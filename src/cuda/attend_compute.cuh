@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// A computing warp: the items of its team, against its own four columns. The loop holds little else: its instructions do
-// not fit the innermost cache, so that every jump over others waits for more.
+// A computing warp: the steps of its team's list, against its own four columns. Steps that are chained stay in registers;
+// what is complete is added to what the warp has before it, as far as the order allows, and a segment that lies in the list
+// from its beginning to its end is finished here. The rest is left to the end of the CTA (attend_merge.cuh).
 #pragma once
 
-#include "cuda/attend_room.cuh"
-#include "cuda/attend_share.cuh"
+#include "cuda/attend_finish.cuh"
+#include "cuda/attend_order.cuh"
+#include "cuda/attend_queries.cuh"
 
 namespace kvarn::cuda {
 
@@ -33,71 +35,102 @@ __device__ inline void soft_cap(float cap, float inverse, float (&y)[kRowTiles][
       y[t][h] = cap - cap * __fdividef(2.0f, exp2_fast(y[t][h] * inverse) + 1.0f);
 }
 
+// What a warp has of its list, in order; of the segment that it is in, from `base` on.
 template <class S>
-__device__ void compute(const AttendParameters& p, const Cut& cut, Room<S>& room, int warp, int lane) {
-  const int team = warp / p.team_warps, rank = warp % p.team_warps;
-  if (team >= p.teams) return;
-  const Schedule schedule(p, cut);
-  const int items = schedule.items(), key_base = team * p.key_depth, value_base = team * p.value_depth;
-  const uint8_t* key_slots = room.slots(p) + key_base * SlotBytes<S>::keys;
-  const uint8_t* value_slots =
-      room.slots(p) + p.teams * p.key_depth * SlotBytes<S>::keys + value_base * SlotBytes<S>::values;
-  State<S::head_dim> state;
-  const float* queries = nullptr;
-  const QueryColumn* columns = nullptr;
-  int segment = -1, key = 0, value = 0;
+class Pieces {
+ public:
+  __device__ Pieces(const AttendParameters& p, const RoomOf<S>& room, int warp, int rank, int lane)
+      : p_(p), room_(room), pieces_(room->pieces[warp]), warp_(warp), rank_(rank), lane_(lane) {}
+
+  __device__ void take(FullState<S::head_dim>& state, const Item& item) {
+    StoredState<S::head_dim>* free = &room_.state(warp_, count_);
+    if (item.flags & kItemRaw) exchange_channels<S>(state, *free, lane_);
+    int rank = item.rank;
+#pragma unroll 1
+    while (count_ > base_ && rank < item.next && pieces_[count_ - 1].rank > rank) {
+      rank = pieces_[--count_].rank;
+      free = &room_.state(warp_, count_);
+      FullState<S::head_dim> earlier;
+      load_state(earlier, free->slices, lane_);
+      fold_behind(earlier, state);
+    }
+    __syncwarp();
+    store_state(state, free->slices, lane_);
+    __syncwarp();
+    if (rank == kRankBegins && item.next == kRankEnds) {
+      finish<S>(p_, Target::of(p_.plan.blocks[item.block]), item.head, rank_, *free, lane_);
+      return;
+    }
+    if (lane_ == 0)
+      pieces_[count_] = {item.block, static_cast<int16_t>(item.head), static_cast<int8_t>(rank),
+                         static_cast<int8_t>(item.next)};
+    ++count_;
+    __syncwarp();
+    if (item.next == kRankEnds) base_ = count_;
+  }
+  __device__ int count() const { return count_; }
+
+ private:
+  const AttendParameters& p_;
+  const RoomOf<S>& room_;
+  Piece* pieces_;
+  int warp_, rank_, lane_, count_ = 0, base_ = 0;
+};
+
+template <class S>
+__device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int warp, int lane) {
+  const int team = warp / p.in.team_warps, rank = warp % p.in.team_warps;
+  Share list{};
+  Target first{};  // read before the wait: only what the kernel before writes must be read behind it
+  if (team < p.in.teams) list = share_of(p, static_cast<int>(blockIdx.x) * p.in.teams + team, 1);
+  if (list.steps() > 0) first = Target::of(p.plan.blocks[list.begin.block]);
+  // Once for nothing, while there is nothing else to do: code that runs once is fetched longer than it runs.
+  if (list.steps() > 0) prepare_queries<S>(p, room, first, list.begin.head, rank, warp, lane);
+  wait_for_previous();
+  let_next_start();
+  if (list.steps() > 0) prepare_queries<S>(p, room, first, list.begin.head, rank, warp, lane);
+  const int steps = list.steps(), key_base = team * p.in.key_depth, value_base = team * p.in.value_depth;
+  const float* queries = room.queries(warp);
+  const QueryColumn* columns = room->columns[warp];
+  FullState<S::head_dim> state;
+  Pieces<S> pieces(p, room, warp, rank, lane);
+  int block = list.begin.block, head = list.begin.head, key = 0, value = 0;
   uint32_t key_parity = 0, value_parity = 0;
 #pragma unroll 1
-  for (int i = team; i < items; i += p.teams) {
-    const uint8_t *keys = key_slots + key * SlotBytes<S>::keys, *values = value_slots + value * SlotBytes<S>::values;
-    Barrier *keys_empty = &room.keys_empty[key_base + key], *values_full = &room.values_full[value_base + value];
-    wait(&room.keys_full[key_base + key], key_parity);
-    const Item& item = room.items[key_base + key];
-    const uint32_t flags = item.flags;
-    if (item.segment != segment) {
-      segment = item.segment;
-      const int at = segment % p.teams;
-      wait(&room.queries_full[at], segment / p.teams & 1);
-      queries = room.queries(p, at, rank);
-      columns = room.columns + (at * p.team_warps + rank) * kWarpColumns;
+  for (int i = 0; i < steps; ++i) {
+    const uint8_t *keys = room.keys(key_base + key), *values = room.values(value_base + value);
+    Barrier *keys_empty = &room->keys_empty[key_base + key], *values_full = &room->values_full[value_base + value];
+    wait(&room->keys_full[key_base + key], key_parity);
+    const Item item = room->items[key_base + key];
+    if (item.block != block || item.head != head) {
+      block = item.block, head = item.head;
+      prepare_queries<S>(p, room, Target::of(p.plan.blocks[block]), head, rank, warp, lane);
     }
-    if (flags & kItemFirst) state.clear();
-    if ((flags & (kItemRaw | kItemEmpty)) == 0) {
+    if (item.flags & kItemFirst) state.clear();
+    if ((item.flags & kItemRaw) == 0) {
       float y[S::page_tokens / 16][2];
       packed_scores<S>(keys, queries, lane, y);
       if (p.cap > 0) soft_cap(p.cap, p.cap_inverse, y);
-      if (flags & kItemEdge)
+      if (item.flags & kItemEdge)
         hide<S>(columns[lane & 3], item, y, [&](int t, int h) { return 16 * t + 2 * (lane >> 2) + h; });
       arrive(keys_empty);
       wait(values_full, value_parity);
-      packed_outputs<S>(values - SlotBytes<S>::key_part, y, lane, state);
-    } else if ((flags & kItemEmpty) == 0) {
-      float y[1][2];
+      packed_outputs<S>(values - RoomOf<S>::key_part, y, lane, state);
+    } else {
+      float y[kRawTiles<S>][2];
       raw_scores<S>(keys, queries, columns, lane, y);
       if (p.cap > 0) soft_cap(p.cap, p.cap_inverse, y);
-      hide<S>(columns[lane & 3], item, y, [&](int, int h) { return (lane >> 2) + 8 * h; });
+      hide<S>(columns[lane & 3], item, y, [&](int t, int h) { return 16 * t + (lane >> 2) + 8 * h; });
       arrive(keys_empty);
       wait(values_full, value_parity);
       raw_outputs<S>(values, y, lane, state);
-    } else {
-      arrive(keys_empty);
-      wait(values_full, value_parity);
     }
-    arrive(&room.values_empty[value_base + value]);
-    if (++key == p.key_depth) key = 0, key_parity ^= 1;
-    if (++value == p.value_depth) value = 0, value_parity ^= 1;
-
-    if (flags & kItemLast) {
-      const int run = schedule.run_of(i), at = run % p.results;
-      wait(&room.results_empty[at], (run / p.results & 1) ^ 1);
-      // A run's steps are all packed or all raw, and only the last ones may be missing.
-      if (flags & kItemRaw)
-        store_raw_state<S>(state, room.result(p, at, rank), lane);
-      else
-        room.result(p, at, rank).store(state, lane);
-      arrive(&room.results_full[at]);
-    }
+    arrive(&room->values_empty[value_base + value]);
+    if (++key == p.in.key_depth) key = 0, key_parity ^= 1;
+    if (++value == p.in.value_depth) value = 0, value_parity ^= 1;
+    if (item.flags & kItemLast) pieces.take(state, item);
   }
+  if (lane == 0) room->counts[warp] = pieces.count();
 }
 
 }  // namespace kvarn::cuda

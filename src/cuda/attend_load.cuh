@@ -1,166 +1,207 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loading warps, one for K parts and one for V parts: every item of the CTA's share into a slot of its team, in order.
-// Lanes work out 32 items at once and each issues its own, so that an item costs one wait for its slot and some 40
-// instructions: a warp that does more than that for an item every 0.4 us is what the others wait for.
+// The loading warps: they bring every step of the teams' lists, K part and V part apart. A lane has one list's K or V parts:
+// it looks whether the next slot is empty, and if so starts the copy; no list waits for another. Raw tokens are copied by
+// the whole warp, for one lane after the other.
 #pragma once
 
+#include "cuda/attend_order.cuh"
 #include "cuda/attend_room.cuh"
-#include "cuda/attend_share.cuh"
 #include "cuda/device.cuh"
 
 namespace kvarn::cuda {
 
-template <class S, bool kKeys>
+template <class S>
 class Loader {
  public:
   // early: packed tiles may be read before the kernel before has ended.
-  __device__ Loader(const AttendParameters& p, const Cut& cut, Room<S>& room, int lane, bool early)
-      : p_(p),
-        cut_(cut),
-        room_(room),
-        schedule_(p, cut),
-        slots_(room.slots(p) + (kKeys ? 0 : p.teams * p.key_depth * SlotBytes<S>::keys)),
-        lane_(lane),
-        early_(early) {}
+  __device__ Loader(const AttendParameters& p, RoomOf<S> room, int loader, int lane, bool early)
+      : p_(p), room_(room), loader_(loader), lane_(lane), keys_(is_of_keys(lane)), early_(early) {}
 
   __device__ void run() {
     if (!early_) wait_for_previous();
-    const int items = schedule_.items(), depth = kKeys ? p_.key_depth : p_.value_depth;
-    Barrier *full = kKeys ? room_.keys_full : room_.values_full, *empty = kKeys ? room_.keys_empty : room_.values_empty;
-    Place base;
-    if (items > 0) base.begin(p_, cut_);
-    int team = 0, turn = 0;  // item % teams; which of the team's slots
-    uint32_t parity = 1;     // the first round finds empty slots
+    const int team = loader_ + kLoadingWarps * (lane_ % kLists), depth = keys_ ? p_.in.key_depth : p_.in.value_depth;
+    if (lane_ < 2 * kLists && team < p_.in.teams) {
+      const Share list = share_of(p_, static_cast<int>(blockIdx.x) * p_.in.teams + team, 1);
+      left_ = list.steps();
+      if (left_ > 0) begin(list.begin);
+    }
+    int slot = team * depth, turn = 0;
+    uint32_t parity = 1;  // the first round finds empty slots
 #pragma unroll 1
-    for (int first = 0; first < items; first += 32) {
-      base.advance(p_, schedule_.least_unit(first) - base.number, cut_.units);
-      int32_t pages[kRawPages] = {};
-      const Item mine = first + lane_ < items ? item_of(base, first + lane_, pages) : Item{};
-      const unsigned raw = __ballot_sync(~0u, (mine.flags & kItemRaw) != 0);
-      const unsigned none = __ballot_sync(~0u, (mine.flags & kItemEmpty) != 0);
+    while (__any_sync(~0u, left_ > 0)) {
+      Barrier *empty = (keys_ ? room_->keys_empty : room_->values_empty) + slot,
+              *full = (keys_ ? room_->keys_full : room_->values_full) + slot;
+      const bool ready = left_ > 0 && ended(empty, parity);
+      // Again, to wait as the sanitizer knows it; by the whole warp where all lanes copy, or did in the rounds before.
+      history_ = ready ? history_ << 1 | (raw_ ? 1 : 0) : history_;
+      const bool shared = ready && (history_ & 15) != 0;
+      if (ready && !shared) wait(empty, parity);
 #pragma unroll 1
-      for (int k = 0; k < min(32, items - first); ++k) {
-        const int slot = team * depth + turn;
-        wait(empty + slot, parity);
-        if (kKeys && lane_ == k) room_.items[slot] = mine;
-        load(mine, pages, k, raw >> k & 1, none >> k & 1, slots_ + slot * kSlotBytes, full + slot);
-        if (++team == p_.teams) {
-          team = 0;
-          if (++turn == depth) turn = 0, parity ^= 1;
-        }
+      for (unsigned owners = __ballot_sync(~0u, shared); owners != 0; owners &= owners - 1) {
+        const int owner = __ffs(static_cast<int>(owners)) - 1;
+        wait(of_lane(empty, owner), __shfl_sync(~0u, parity, owner));
+      }
+      if (ready && keys_) room_->items[slot] = item();
+      uint8_t* to = keys_ ? room_.keys(slot) : room_.values(slot);
+      load_packed(ready && !raw_, to, full);
+#pragma unroll 1
+      for (unsigned owners = __ballot_sync(~0u, ready && raw_); owners != 0; owners &= owners - 1)
+        load_raw(__ffs(static_cast<int>(owners)) - 1, to, full);
+      if (ready) {
+        advance();
+        ++slot;
+        if (++turn == depth) slot -= depth, turn = 0, parity ^= 1;
       }
     }
-    wait_for_previous();
+    if (early_) wait_for_previous();
   }
 
  private:
-  static constexpr int kSlotBytes = kKeys ? SlotBytes<S>::keys : SlotBytes<S>::values;
-  static constexpr int kPart = kKeys ? SlotBytes<S>::key_part : SlotBytes<S>::value_part;
+  static constexpr int kLists = kComputingWarps / kLoadingWarps;
+  __device__ static bool is_of_keys(int lane) { return lane < kLists; }
 
   static constexpr int kN = S::raw_tokens_per_page;
+  static constexpr int kRawStep = raw_step(S::head_dim);
   static constexpr int kRawPages = (kRawStep + kN - 2) / kN + 1;  // that a step's raw tokens may lie in
+
+  __device__ void begin(const Cut& cut) {
+    block_ = cut.block, head_ = cut.head, step_ = cut.step;
+    b_ = p_.plan.blocks[block_];
+    next_ = rank_of(b_, step_);
+    fresh_ = true;
+    locate();
+  }
+  __device__ void advance() {
+    if (--left_ == 0) return;
+    if (++step_ == b_.steps) {
+      step_ = 0;
+      if (++head_ == p_.heads) {
+        head_ = 0;
+        b_ = p_.plan.blocks[++block_];
+      }
+      next_ = kRankBegins;
+    }
+    locate();
+  }
 
   // Where raw token o lies, from o / n; beyond the tile's room the last entry of it.
   __device__ static int raw_entry(int tile, int quotient) {
     return tile + (quotient == 0 ? S::pages_ahead : min(quotient, S::pages_ahead));
   }
-  __device__ int32_t page(int request, int entry) const {
-    return min(max(p_.block_table[request * p_.table_stride + entry], 0), static_cast<int32_t>(p_.page_count - 1));
+  __device__ int32_t page(int entry) const {
+    return min(max(__ldg(p_.block_table + b_.request * p_.table_stride + entry), 0),
+               static_cast<int32_t>(p_.page_count - 1));
   }
-
-  // The lane's item; `base` is a place at or before its unit.
-  __device__ Item item_of(const Place& base, int item, int32_t (&pages)[kRawPages]) const {
-    int unit_number, step;
-    schedule_.locate(item, unit_number, step);
-    Place at = base;
-    at.advance(p_, unit_number - at.number, cut_.units);
-    const BlockPlan& b = p_.plan.blocks[at.block];
-    const Unit unit = Unit::of<S>(b, p_.group, at.unit);
-    const bool split = schedule_.splits(unit_number);
-    Item made{};
-    made.segment = at.segment;
-    made.head = at.head;
-    made.flags = (split || step == 0 ? kItemFirst : 0) | (split || step == kPieceTiles - 1 ? kItemLast : 0) |
-                 (unit.first >= 0 ? kItemRaw : 0);
-    if (step >= unit.steps) {
-      made.flags |= kItemEmpty;
-    } else if (unit.first >= 0) {
-      const int token = unit.first + step * kRawStep;
-      made.flags |= kItemEdge;
-      made.position = unit.tile * S::page_tokens + token;
-      made.raw_slot = static_cast<int16_t>(unit.which ? b.raw[1] : b.raw[0]);
-      made.valid = static_cast<int16_t>(unit.valid - token);
-      if (made.raw_slot < 0) {
-#pragma unroll
-        for (int i = 0; i < kRawPages; ++i) pages[i] = page(b.request, raw_entry(unit.tile, token / kN + i));
-      }
-    } else {
-      const int tile = unit.tile + step, last = b.start + (b.first_column + b.columns - 1) / p_.group;
-      made.position = tile * S::page_tokens;
-      if (tile >= b.own_tile || (p_.window > 0 && made.position <= last - p_.window)) made.flags |= kItemEdge;
-      made.from = p_.pages + page(b.request, tile) * p_.page_stride + int64_t{at.head} * S::record_bytes +
-                  (kKeys ? 0 : SlotBytes<S>::key_part);
+  // What the step reads. Pages are looked up here, long before they are needed.
+  __device__ void locate() {
+    const int packed = packed_steps(b_);
+    raw_ = step_ >= packed;
+    rank_ = fresh_ ? next_ : rank_;
+    next_ = rank_of(b_, step_ + 1);
+    // The chain goes on in registers as long as it began before what follows.
+    last_ = left_ == 1 || next_ >= 0 || rank_ <= next_;
+    first_ = fresh_;
+    fresh_ = last_;
+    if (!raw_) {
+      tile_ = b_.first_tile + step_, token_ = 0;
+      pages_[0] = page(tile_);
+      return;
     }
-    return made;
+    const int raw = step_ - packed, which = raw >= b_.own_steps ? 1 : 0;
+    tile_ = b_.own_tile + which;
+    token_ = (raw - which * b_.own_steps) * kRawStep;
+    tokens_ = own_tokens(b_, S::page_tokens, p_.group, which) - token_;
+    raw_slot_ = which ? b_.raw[1] : b_.raw[0];
+    if (raw_slot_ < 0) {
+#pragma unroll
+      for (int i = 0; i < kRawPages; ++i) pages_[i] = page(raw_entry(tile_, token_ / kN + i));
+    }
+  }
+  __device__ Item item() const {
+    const int position = tile_ * S::page_tokens + token_, last = b_.start + (b_.first_column + b_.columns - 1) / p_.group;
+    const bool edge = raw_ || tile_ >= b_.own_tile || (p_.window > 0 && position <= last - p_.window);
+    return {block_, head_, position,
+            (raw_ ? kItemRaw : 0) | (first_ ? kItemFirst : 0) | (last_ ? kItemLast : 0) | (edge ? kItemEdge : 0), rank_, next_};
   }
 
-  // Item `owner` of the batch, which that lane holds.
-  __device__ void load(const Item& mine, const int32_t (&pages)[kRawPages], int owner, bool raw, bool none, uint8_t* to,
-                       Barrier* barrier) {
-    if (none) {
-      expect_nothing(barrier, lane_ == owner);
-    } else if (raw) {
-      load_raw(mine, pages, owner, to, barrier);
-    } else {
+  // Of every lane that asks for it, its packed part.
+  __device__ void load_packed(bool wanted, uint8_t* to, Barrier* barrier) {
+    const int part = keys_ ? RoomOf<S>::key_part : RoomOf<S>::value_part;
+    const uint8_t* from = p_.pages + pages_[0] * p_.page_stride + int64_t{head_} * S::record_bytes +
+                          (keys_ ? 0 : RoomOf<S>::key_part);
 #if __CUDA_ARCH__ >= 900
-      if (lane_ == owner) {
-        expect_bytes(barrier, kPart);
-        copy_row(to, mine.from, kPart, barrier, once_);
-      }
-#else
-      const uint64_t from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(mine.from), owner);
-      copy_stretch(to, reinterpret_cast<const uint8_t*>(from), kPart, barrier, lane_, once_);
-      finish_copies(barrier);
-#endif
+    if (wanted) {
+      expect_bytes(barrier, static_cast<uint32_t>(part));
+      copy_stretch(to, from, static_cast<uint32_t>(part), barrier, lane_, once_);
     }
+#else
+#pragma unroll 1
+    for (unsigned owners = __ballot_sync(~0u, wanted); owners != 0; owners &= owners - 1) {
+      const int owner = __ffs(static_cast<int>(owners)) - 1;
+      Barrier* its = of_lane(barrier, owner);
+      copy_stretch(of_lane(to, owner), of_lane(from, owner), static_cast<uint32_t>(__shfl_sync(~0u, part, owner)), its,
+                   lane_, once_);
+      finish_chunks(its, false);
+    }
+#endif
   }
 
-  __device__ void load_raw(const Item& mine, const int32_t (&pages)[kRawPages], int owner, uint8_t* to,
-                           Barrier* barrier) {
+  template <class T>
+  __device__ static T* of_lane(T* pointer, int lane) {
+    return reinterpret_cast<T*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(pointer), lane));
+  }
+
+  // The raw tokens of lane `owner`'s step.
+  __device__ void load_raw(int owner, uint8_t* to, Barrier* barrier) {
     if (early_) wait_for_previous(), early_ = false;
-    const int position = __shfl_sync(~0u, mine.position, owner), head = __shfl_sync(~0u, mine.head, owner);
-    const int raw_slot = __shfl_sync(~0u, int{mine.raw_slot}, owner), valid = __shfl_sync(~0u, int{mine.valid}, owner);
     constexpr int kRow = 2 * S::head_dim;
-    const int first = position % S::page_tokens, token = first + min(lane_ % kRawStep, valid - 1);
-    int page = 0;
+    const int raw_slot = __shfl_sync(~0u, raw_slot_, owner), head = __shfl_sync(~0u, head_, owner);
+    const int first = __shfl_sync(~0u, token_, owner), tokens = __shfl_sync(~0u, tokens_, owner);
+    const bool keys = is_of_keys(owner);
+    int pages[kRawPages];
 #pragma unroll
-    for (int i = 0; i < kRawPages; ++i) {
-      const int candidate = __shfl_sync(~0u, pages[i], owner);
-      if (token / kN == first / kN + i) page = candidate;
-    }
-    expect_copies(barrier, kRawStep * kRow, lane_ == owner);
-    if (lane_ < kRawStep) {
-      // Beyond the last token of the tile the last one is read again: what p = 0 multiplies must be finite.
-      const uint8_t* from;
-      if (raw_slot >= 0) {
-        const int64_t matrix = (int64_t{raw_slot} * p_.heads + head) * 2 + (kKeys ? 0 : 1);
-        from = reinterpret_cast<const uint8_t*>(p_.plan.raw) + (matrix * S::page_tokens + token) * kRow;
-      } else {
-        from = p_.pages + page * p_.page_stride + int64_t{head} * S::record_bytes + (token % kN + (kKeys ? 0 : kN)) * kRow;
+    for (int i = 0; i < kRawPages; ++i) pages[i] = __shfl_sync(~0u, pages_[i], owner);
+    to = of_lane(to, owner), barrier = of_lane(barrier, owner);
+    // 16 bytes a lane: bulk copies of rows that are to lie apart in shared memory would be issued one after the other.
+    constexpr int kLanes = S::head_dim / 8, kRows = 32 / kLanes;  // lanes of a row, rows of a round
+    static_assert(kLanes <= 32);
+    const int begin = first / kN * kN;  // tokens from begin + k n on lie in page k
+    const uint8_t* from[kRawPages];     // of token 0, as if all lay in that page
+#pragma unroll
+    for (int k = 0; k < kRawPages; ++k)
+      from[k] = raw_slot >= 0
+                    ? reinterpret_cast<const uint8_t*>(p_.plan.raw) +
+                          ((int64_t{raw_slot} * p_.heads + head) * 2 + (keys ? 0 : 1)) * S::page_tokens * kRow
+                    : p_.pages + pages[k] * p_.page_stride + int64_t{head} * S::record_bytes +
+                          ((keys ? 0 : kN) - (begin + k * kN)) * kRow;
+    if (lane_ < kRows * kLanes) {
+      const int chunk = 16 * (lane_ % kLanes);
+#pragma unroll 4
+      for (int row = lane_ / kLanes; row < kRawStep; row += kRows) {
+        // Beyond the last token of the tile the last one is read again: what p = 0 multiplies must be finite.
+        const int token = first + min(row, tokens - 1);
+        const uint8_t* source = from[0];
+#pragma unroll
+        for (int k = 1; k < kRawPages; ++k) source = token >= begin + k * kN ? from[k] : source;
+        copy_chunk(to + row * kRawRowBytes<S> + chunk, source + token * kRow + chunk);
       }
-      copy_row(to + lane_ * kRawRowBytes<S>, from, kRow, barrier, once_);
     }
-    finish_copies(barrier);
+    finish_chunks(barrier, lane_ == owner);
   }
 
   const AttendParameters& p_;
-  const Cut& cut_;
-  Room<S>& room_;
-  Schedule schedule_;
-  uint8_t* slots_;
-  int lane_;
+  const RoomOf<S> room_;
+  const int loader_, lane_;
+  const bool keys_;
   bool early_;
   ReadOnce once_;
+  // The lane's list: what is left of it, the step that is loaded next.
+  int left_ = 0, block_ = 0, head_ = 0, step_ = 0, rank_ = 0, next_ = 0;
+  bool raw_ = false, first_ = false, last_ = false, fresh_ = true;
+  int tile_ = 0, token_ = 0, tokens_ = 1, raw_slot_ = 0;
+  int32_t pages_[kRawPages] = {};
+  uint32_t history_ = 0;  // bit k: the step k before was raw
+  BlockPlan b_{};
 };
 
 }  // namespace kvarn::cuda

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Segments that several CTAs share: each leaves its parts in global memory, and the last CTA to arrive folds the parts of
-// all, in order, with all its warps.
+// The end of a CTA: what its lists were left with, folded by all warps. A segment that it has to itself is finished; of one
+// that it shares with other CTAs its parts go to global memory, and the last CTA to arrive folds the parts of all.
 #pragma once
 
-#include "cuda/attend_room.cuh"
-#include "cuda/attend_share.cuh"
+#include "cuda/attend_finish.cuh"
+#include "cuda/attend_order.cuh"
 
 namespace kvarn::cuda {
 
@@ -13,188 +13,300 @@ struct alignas(8) PartCounts {
   int32_t head, tail;
 };
 
-// A CTA's stretch of the workspace: PartCounts in the first place, then the parts: a state of each warp of a team, and
-// behind them the level into which it is folded | the level up to which that closes << 2.
+// A CTA's stretch of the workspace: PartCounts and ranks in the first place, then the parts, a state of each warp of a team:
+// those of the head from the first one on, those of the tail from the last one back.
 template <class S>
 struct Parts {
   using Stored = StoredState<S::head_dim>;
   static constexpr int64_t kBytes = part_bytes(S::head_dim);
-  static_assert(kMaxTeamWarps * sizeof(Stored) + 16 <= kBytes);
+  static_assert(kMaxTeamWarps * sizeof(Stored) <= kBytes && sizeof(PartCounts) + 4 * kMaxStates <= kBytes);
 
   uint8_t* base;
-  int team_warps;
+  int most;
   __device__ Parts(const AttendParameters& p, int cta)
-      : base(reinterpret_cast<uint8_t*>(p.plan.parts) + cta * (p.max_parts + 1) * kBytes), team_warps(p.team_warps) {}
+      : base(p.plan.parts + cta * (p.max_parts + int64_t{1}) * kBytes), most(p.max_parts) {}
   __device__ PartCounts& counts() const { return *reinterpret_cast<PartCounts*>(base); }
+  __device__ int32_t& ranks(int index) const { return reinterpret_cast<int32_t*>(base + sizeof(PartCounts))[index]; }
   __device__ Stored* part(int index) const { return reinterpret_cast<Stored*>(base + (index + 1) * kBytes); }
-  __device__ int32_t& code(int index) const { return *reinterpret_cast<int32_t*>(part(index) + team_warps); }
+  __device__ int place(int index, bool tail) const { return tail ? most - 1 - index : index; }
 };
 
-__device__ inline bool begins_at_or_before(const Cut& cut, const Place& at) {
-  if (cut.block != at.block) return cut.block < at.block;
-  return cut.head != at.head ? cut.head < at.head : cut.unit == 0;
-}
-
-// Makes this CTA's parts of a segment known. The last CTA to come takes the merge on itself. By one warp, which looks at 32
-// cuts at a time: one after the other, 16 of them took 10 us.
-template <class S>
-__device__ void share(const AttendParameters& p, const Place& at, PartCounts counts, int first_unit, int units,
-                      MergeList& merges, int lane) {
-  const int cta = static_cast<int>(blockIdx.x), ctas = static_cast<int>(gridDim.x);
-  int first = cta;
-  if (first_unit > 0)
-#pragma unroll 1
-    for (unsigned found = 0; found == 0;) {
-      const int candidate = first - 1 - lane;
-      found = __ballot_sync(~0u, candidate <= 0 || begins_at_or_before(p.plan.cuts[candidate], at));
-      first = max(found != 0 ? first - __ffs(static_cast<int>(found)) : first - 32, 0);
-    }
-  if (lane == 0) Parts<S>(p, cta).counts() = counts;
-  __threadfence();
-  __syncwarp();
-  uint32_t arrived = 0;
-  if (lane == 0) arrived = atomicAdd(&p.plan.counters[first], static_cast<uint32_t>(units));
-  arrived = __shfl_sync(~0u, arrived, 0) + static_cast<uint32_t>(units);
-  if (arrived != static_cast<uint32_t>(at.units)) return;
-  __threadfence();
-  int last = cta;
-#pragma unroll 1
-  for (unsigned beyond = 0; beyond == 0;) {
-    const int candidate = last + 1 + lane;
-    bool inside = candidate < ctas;
-    if (inside) {
-      const Cut c = p.plan.cuts[candidate];
-      inside = c.block == at.block && c.head == at.head && c.unit > 0;
-    }
-    beyond = __ballot_sync(~0u, !inside);
-    last += beyond != 0 ? __ffs(static_cast<int>(beyond)) - 1 : 32;
-  }
-  if (lane == 0) {
-    merges.segments[merges.count++] = {at.block, at.head, first, last};
-    p.plan.counters[first] = 0;
+// Which segments the lists of this CTA will be left with, and with whom it shares them. By one warp, before the end.
+__device__ inline void find_left(const AttendParameters& p, Room& room, int lane) {
+  const int cta = static_cast<int>(blockIdx.x), ctas = static_cast<int>(gridDim.x), teams = p.in.teams;
+  const Cut cut = p.plan.cuts[cta * teams + min(lane, teams)];
+  const Cut begin = p.plan.cuts[cta * teams], end = p.plan.cuts[cta * teams + teams];
+  const auto of = [](const Cut& c, int block, int head) { return c.block == block && c.head == head; };
+  // A segment that is left reaches over the beginning of a list, or of the next CTA.
+  const bool over = lane <= teams && cut.step > 0 && begin.number < end.number;
+  const int block_before = __shfl_up_sync(~0u, cut.block, 1), head_before = __shfl_up_sync(~0u, cut.head, 1),
+            step_before = __shfl_up_sync(~0u, cut.step, 1);
+  const bool same = over && lane > 0 && step_before > 0 && of(cut, block_before, head_before);
+  const unsigned sames = __ballot_sync(~0u, same), firsts = __ballot_sync(~0u, over && !same);
+  if (lane == 0) room.left_count = __popc(firsts);
+  if (over && !same) {
+    Left& left = room.left[__popc(firsts & ((1u << lane) - 1))];
+    const BlockPlan& b = p.plan.blocks[cut.block];
+    const int last = lane + __ffs(static_cast<int>(~(sames >> lane >> 1))) - 1;
+    const bool head = lane == 0, tail = last == teams;
+    left = {cut.block, cut.head, max(lane - 1, 0), min(last, teams - 1), Target::of(b), 0, 0, 0, b.steps, cta, cta,
+            head ? 0 : 1, false};
+    if (head || tail) left.steps = (tail ? end.step : b.steps) - (head ? begin.step : 0);
   }
   __syncwarp();
-}
-
-// The parts that CTAs from `cta` on left of a segment, in order, by one warp: of as many CTAs as there is room for.
-template <class S>
-__device__ void list_parts(const AttendParameters& p, const MergeList::Segment& segment, int cta, const uint8_t** list,
-                           int most, Room<S>& room, int lane) {
-  const int mine = cta + lane;
-  int begin = 0, count = 0;
-  const Parts<S> parts(p, min(mine, segment.last));
-  if (mine <= segment.last && p.plan.cuts[mine].units > 0) {
-    const int head = __ldcg(&parts.counts().head), tail = __ldcg(&parts.counts().tail);
-    begin = mine == segment.first ? head : 0;
-    count = mine == segment.first ? tail : head;
-  }
-  int until = count;  // inclusive scan
-#pragma unroll
-  for (int o = 1; o < 32; o *= 2) {
-    const int other = __shfl_up_sync(~0u, until, o);
-    if (lane >= o) until += other;
-  }
-  const bool fits = until <= most;  // of the first CTA always: see configure()
-  if (fits)
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) list[until - count + i] = reinterpret_cast<const uint8_t*>(parts.part(begin + i));
-  const int ctas = __popc(__ballot_sync(~0u, fits));
-  if (lane == ctas - 1) room.merge_parts = until, room.merge_next = mine + 1;
+  for (int i = 0; i < __popc(firsts); ++i) {  // 32 CTAs at a time
+    Left& left = room.left[i];
+    if (left.steps == 0) continue;
+    int first = cta, last = cta;
+    if (left.end == 0)
+#pragma unroll 1
+      for (unsigned found = 0; found == 0;) {
+        const int candidate = first - 1 - lane;
+        bool before = candidate <= 0;
+        if (!before) {
+          const Cut c = p.plan.cuts[candidate * teams];
+          before = of(c, left.block, left.head) ? c.step == 0
+                                                : c.block < left.block || (c.block == left.block && c.head < left.head);
+        }
+        found = __ballot_sync(~0u, before);
+        first = max(found != 0 ? first - __ffs(static_cast<int>(found)) : first - 32, 0);
+      }
+#pragma unroll 1
+    for (unsigned beyond = 0; beyond == 0;) {
+      const int candidate = last + 1 + lane;
+      bool inside = candidate < ctas;
+      if (inside) {
+        const Cut c = p.plan.cuts[candidate * teams];
+        inside = of(c, left.block, left.head) && c.step > 0;
+      }
+      beyond = __ballot_sync(~0u, !inside);
+      last += beyond != 0 ? __ffs(static_cast<int>(beyond)) - 1 : 32;
+    }
+    if (lane == 0) left.first_cta = first, left.last_cta = last;
+    __syncwarp();
+  }
 }
 
-// One pair of every lane's values, through all parts in order.
-template <class S>
-class PairMerge {
+// One slice of partial results, folded in order by a warp. The topmost stays in registers; beneath it, waiting[] tells where
+// the others lie.
+class SliceFold {
  public:
-  using Stored = StoredState<S::head_dim>;
-  static constexpr int kSlices = S::head_dim / 16;
+  __device__ SliceFold(Waiting* waiting, int lane) : waiting_(waiting), lane_(lane) {}
 
-  __device__ PairMerge(int slice, int lane) : slice_(slice), lane_(lane) {}
-
-  __device__ void take(const Stored* states, const int32_t* codes, int count) {
-    constexpr int kBatch = 4;  // read together
-#pragma unroll 1
-    for (int base = 0; base < count; base += kBatch) {
-      Level part[kBatch];
-      int code[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int index = min(base + i, count - 1);
-        const Stored& state = states[index];
-        part[i] = {state.m[lane_ & 3], state.l[lane_ & 3], *pair(state)};
-        code[i] = codes[index];
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (base + i >= count) break;
-        const int level = code[i] & 3, close = code[i] >> 2;
-        if (level == 0) group_.fold(part[i]);
-        if (level == 1) chapter_.fold(part[i]);
-        if (level == 2) whole_.fold(part[i]);
-        if (level == 0 && close >= 1) chapter_.fold(group_), group_ = Level{};
-        if (level <= 1 && close == 2) whole_.fold(chapter_), chapter_ = Level{};
+  // What was read from `at`, which may be overwritten; the ranks before and behind it.
+  __device__ void take(State<1> state, Slice* at, int rank, int next) {
+    if (has_top_) {
+      if (rank < next && rank_ > rank) {
+        fold_behind(top_, state);
+        rank = rank_, at = at_;
+      } else {
+        push();
       }
     }
+#pragma unroll 1
+    while (depth_ > 0 && rank < next && below_.rank > rank) {
+      load_state(top_, below_.at, lane_);
+      fold_behind(top_, state);
+      rank = below_.rank, at = below_.at;
+      if (--depth_ > 0) below_ = waiting_[depth_ - 1];
+    }
+    top_ = state, at_ = at, rank_ = rank, next_ = next, has_top_ = true;
   }
-  __device__ void store(Stored& result) const {
-    const_cast<float2&>(*pair(result)) = whole_.x;
-    if (slice_ == 0 && lane_ < kWarpColumns) result.m[lane_] = whole_.m, result.l[lane_] = whole_.l;
+  // What is left, in order: write(index, state, rank, next). Returns how many.
+  template <class Write>
+  __device__ int leave(Write write) {
+#pragma unroll 1
+    for (int i = 0; i < depth_; ++i) {
+      State<1> state;
+      load_state(state, waiting_[i].at, lane_);
+      write(i, state, waiting_[i].rank, i + 1 < depth_ ? waiting_[i + 1].rank : rank_);
+    }
+    write(depth_, top_, rank_, next_);
+    return depth_ + 1;
   }
 
  private:
-  struct Level {
-    float m = kEmpty, l = 0;
-    float2 x = {0, 0};
-    __device__ void fold(const Level& later) {
-      const FoldFactors f = fold_factors(m, later.m);
-      m = f.m;
-      l = fold_value(l, later.l, f);
-      x = {fold_value(x.x, later.x.x, f), fold_value(x.y, later.x.y, f)};
-    }
-  };
-  __device__ const float2* pair(const Stored& s) const {
-    return reinterpret_cast<const float2*>(&s.out[slice_ / 2][lane_]) + slice_ % 2;
+  __device__ void push() {
+    below_ = {at_, rank_};
+    __syncwarp();
+    store_state(top_, at_, lane_);
+    if (lane_ == 0) waiting_[depth_] = below_;
+    ++depth_;
+    __syncwarp();
   }
-  int slice_, lane_;
-  Level group_, chapter_, whole_;
+  Waiting* waiting_;
+  State<1> top_;
+  Slice* at_ = nullptr;
+  Waiting below_{nullptr, 0};
+  int lane_, rank_ = 0, next_ = 0, depth_ = 0;
+  bool has_top_ = false;
 };
 
-// What merging needs for a part: its state of one warp, its code and where it comes from.
 template <class S>
-inline constexpr int kMergeBytes = static_cast<int>(sizeof(StoredState<S::head_dim>) + sizeof(int32_t) + sizeof(void*));
-
-// The parts of one warp's columns, by the whole CTA, where results and slots were; the result lies in the segment's level.
-template <class S>
-__device__ void merge(const AttendParameters& p, const MergeList::Segment& segment, int columns_of, Room<S>& room,
-                      int warp, int lane) {
+class Merge {
+ public:
   using Stored = StoredState<S::head_dim>;
-  constexpr int kWords = static_cast<int>(sizeof(Stored) / 16);
-  const int most = min(merge_bytes<S>(p) / kMergeBytes<S>, 32 * kWarps);
-  Stored* states = &room.result(p, 0, 0);
-  const uint8_t** list = reinterpret_cast<const uint8_t**>(states + most);
-  int32_t* codes = reinterpret_cast<int32_t*>(list + most);
+
+  __device__ Merge(const AttendParameters& p, RoomOf<S> room, int warp, int lane)
+      : p_(p), room_(room), end_(*reinterpret_cast<Ending*>(room.base + p.in.ending_at)), warp_(warp), lane_(lane) {}
+
+  __device__ void run() {
+    const int count = room_->left_count;
+    if (count == 0) return;
+    for_slices(count, [&](int i, int rank, int slice) { fold_lists(room_->left[i], rank, slice); });
+    __syncthreads();
+    if (warp_ < count && lane_ == 0 && room_->left[warp_].steps > 0) arrive_at(room_->left[warp_]);
 #pragma unroll 1
-  for (int base = 0; base < PairMerge<S>::kSlices; base += kWarps) {
-    PairMerge<S> pairs(base + warp, lane);
-    const bool mine = base + warp < PairMerge<S>::kSlices;
-#pragma unroll 1
-    for (int cta = segment.first; cta <= segment.last; cta = room.merge_next) {
-      __syncthreads();
-      if (warp == 0) list_parts<S>(p, segment, cta, list, most, room, lane);
-      __syncthreads();
-      const int count = room.merge_parts, thread = 32 * warp + lane;
-      if (thread < count)
-        codes[thread] = __ldcg(reinterpret_cast<const int32_t*>(list[thread] + p.team_warps * sizeof(Stored)));
-#pragma unroll 8
-      for (int i = thread; i < count * kWords; i += 32 * kWarps)
-        reinterpret_cast<uint4*>(states)[i] =
-            __ldcg(reinterpret_cast<const uint4*>(list[i / kWords] + columns_of * sizeof(Stored)) + i % kWords);
-      __syncthreads();
-      if (mine) pairs.take(states, codes, count);
+    for (int i = warp_; i < count * p_.in.team_warps; i += kWarps) {
+      const Left& left = room_->left[i / p_.in.team_warps];
+      if (left.steps == 0)
+        finish_at(left, i % p_.in.team_warps, room_.state(left.list * p_.in.team_warps + i % p_.in.team_warps, left.index));
     }
     __syncthreads();
-    if (mine) pairs.store(room.level(p, 3, columns_of));
+#pragma unroll 1
+    for (int i = 0; i < count; ++i)
+      if (room_->left[i].merges) merge(room_->left[i]);
   }
-}
+
+ private:
+  static constexpr int kSlices = S::head_dim / 32;
+
+  template <class Body>
+  __device__ void for_slices(int segments, Body body) {
+    const int team_warps = p_.in.team_warps, tasks = segments * team_warps * kSlices;
+#pragma unroll 1
+    for (int task = warp_; task < tasks; task += kWarps)
+      body(task / kSlices / team_warps, task / kSlices % team_warps, task % kSlices);
+  }
+  __device__ void finish_at(const Left& left, int rank, const Stored& total) const {
+    finish<S>(p_, left.target, left.head, rank, total, lane_);
+  }
+  // What the lists were left with of a segment; to where it is finished or where it waits for the other CTAs' parts.
+  __device__ void fold_lists(Left& left, int rank, int slice) {
+    const int team_warps = p_.in.team_warps;
+    SliceFold fold(end_.waiting[warp_], lane_);
+    Slice* whole = nullptr;
+    const bool tells = slice == 0 && rank == 0 && lane_ == 0;
+#pragma unroll 1
+    for (int list = left.first; list <= left.last; ++list) {
+      const int count = room_->counts[list * team_warps];
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        const Piece piece = room_->pieces[list * team_warps][i];
+        if (piece.block != left.block || piece.head != left.head) continue;
+        Slice* at = room_.state(list * team_warps + rank, i).slices + slice;
+        State<1> state;
+        load_state(state, at, lane_);
+        if (whole == nullptr) {
+          whole = at;
+          if (tells) left.list = list, left.index = i;
+        }
+        fold.take(state, at, piece.rank, piece.next);
+      }
+    }
+    const Parts<S> parts(p_, static_cast<int>(blockIdx.x));
+    __syncwarp();
+    const int count = fold.leave([&](int i, const State<1>& state, int before, int next) {
+      const int place = parts.place(i, left.end == 1);
+      store_state(state, left.steps == 0 ? whole : parts.part(place)[rank].slices + slice, lane_);
+      if (tells && left.steps > 0) parts.ranks(place) = before << 8 | (next & 255);
+    });
+    if (tells && left.steps > 0) (left.end == 0 ? parts.counts().head : parts.counts().tail) = count;
+  }
+
+  // Makes this CTA's parts of a segment known, by one thread.
+  __device__ void arrive_at(Left& left) {
+    uint32_t* counter = &p_.plan.counters[left.first_cta];
+    const auto steps = static_cast<uint32_t>(left.steps);
+    left.merges = add_and_fence(counter, steps) + steps == static_cast<uint32_t>(left.all_steps);
+    if (left.merges) *counter = 0;
+  }
+
+  // By the whole CTA, where states and slots were: a warp has a slice, and room for that of the parts. The results lie where
+  // queries were.
+  __device__ void merge(const Left& left) {
+    for_slices(1, [&](int, int rank, int slice) { merge_slice(left, rank, slice); });
+    __syncthreads();
+    if (warp_ < p_.in.team_warps) finish_at(left, warp_, merged(warp_));
+    __syncthreads();
+  }
+  __device__ Stored& merged(int rank) const { return reinterpret_cast<Stored*>(room_.queries(0))[rank]; }
+
+  __device__ void merge_slice(const Left& left, int rank, int slice) {
+    const int bytes = (p_.in.ending_at - p_.in.states_at) / kWarps, most = bytes / static_cast<int>(sizeof(Slice) + 16);
+    Slice* copies = reinterpret_cast<Slice*>(room_.base + p_.in.states_at) + warp_ * most;
+    int32_t* codes = reinterpret_cast<int32_t*>(reinterpret_cast<Slice*>(room_.base + p_.in.states_at) + kWarps * most) +
+                     warp_ * most;
+    SliceFold fold(end_.waiting[warp_], lane_);
+    int before = 0;
+#pragma unroll 1
+    for (int base = left.first_cta; base <= left.last_cta; base += 32) {
+      // A lane has a CTA. Loads that do not need each other are in flight together.
+      const int cta = min(base + lane_, left.last_cta);
+      const bool tail = cta == left.first_cta;
+      const Parts<S> mine(p_, cta);
+      constexpr int kAhead = 4;  // more parts than that are rare
+      int ranks[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) ranks[i] = __ldcg(&mine.ranks(mine.place(i, tail)));
+      const int written = __ldcg(tail ? &mine.counts().tail : &mine.counts().head);
+      const bool inside = base + lane_ <= left.last_cta && share_of(p_, cta * p_.in.teams, p_.in.teams).steps() > 0;
+      const int count = inside ? written : 0;
+      int until = count;  // inclusive scan
+#pragma unroll 1
+      for (int o = 1; o < 32; o *= 2) {
+        const int other = __shfl_up_sync(~0u, until, o);
+        if (lane_ >= o) until += other;
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (i < count && before + until - count + i < most) codes[before + until - count + i] = ranks[i];
+#pragma unroll 1
+      for (int i = kAhead; i < count && before + until - count + i < most; ++i)
+        codes[before + until - count + i] = __ldcg(&mine.ranks(mine.place(i, tail)));
+      // What there is no room for is folded where it is.
+      const auto part = [&](int owner, int i) {
+        const Parts<S> parts(p_, base + owner);
+        return parts.part(parts.place(i, base + owner == left.first_cta))[rank].slices + slice;
+      };
+      const auto for_parts = [&](auto body) {
+        int at = before;
+#pragma unroll 1
+        for (int owner = 0; owner < min(32, left.last_cta + 1 - base); ++owner) {
+          const int parts = __shfl_sync(~0u, count, owner);
+#pragma unroll 1
+          for (int i = 0; i < parts; ++i) body(at++, owner, i);
+        }
+      };
+      for_parts([&](int at, int owner, int i) {
+        constexpr int kChunks = static_cast<int>(sizeof(Slice) / 16);
+        if (at >= most) return;
+        const uint8_t* from = reinterpret_cast<const uint8_t*>(part(owner, i));
+        uint8_t* to = reinterpret_cast<uint8_t*>(copies + at);
+        copy_chunk(to + 16 * lane_, from + 16 * lane_);
+        if (lane_ < kChunks - 32) copy_chunk(to + 16 * (32 + lane_), from + 16 * (32 + lane_));
+      });
+      wait_for_chunks();
+      __syncwarp();
+      for_parts([&](int at, int owner, int i) {
+        Slice* from = at < most ? copies + at : part(owner, i);
+        const Parts<S> parts(p_, base + owner);
+        const int code =
+            at < most ? codes[at] : __ldcg(&parts.ranks(parts.place(i, base + owner == left.first_cta)));
+        State<1> state;
+        load_state(state, from, lane_);
+        fold.take(state, from, code >> 8, static_cast<int8_t>(code & 255));
+      });
+      before += __shfl_sync(~0u, until, 31);
+    }
+    fold.leave([&](int, const State<1>& state, int, int) { store_state(state, merged(rank).slices + slice, lane_); });
+  }
+
+  const AttendParameters& p_;
+  const RoomOf<S> room_;
+  Ending& end_;
+  const int warp_, lane_;
+};
 
 }  // namespace kvarn::cuda

@@ -183,8 +183,8 @@ __device__ inline void softmax(float (&y)[kRowTiles][2], float& m, float& l) {
 
 // The factors by which the state so far and a step of unit m are multiplied; the state's m, l and sums take theirs. The
 // unit changes exactly, so the sums are only touched when some column's does: what fold_value does, for no -0 is among them.
-template <int kHeadDim>
-__device__ inline float begin_step(State<kHeadDim>& state, float m, float l) {
+template <int kSlices>
+__device__ inline float begin_step(State<kSlices>& state, float m, float l) {
   const FoldFactors f = fold_factors(state.m, m);
   state.m = f.m;
   state.l = fold_value(state.l, l, f);
@@ -198,7 +198,7 @@ __device__ inline float begin_step(State<kHeadDim>& state, float m, float l) {
 // Takes the scores of a tile into the state. `record` points at the whole record, its V part has arrived.
 template <class S>
 __device__ inline void packed_outputs(const uint8_t* record, float (&y)[S::page_tokens / 16][2], int lane,
-                                      State<S::head_dim>& state) {
+                                      FullState<S::head_dim>& state) {
   using M = Matrix<S, false>;
   constexpr float kRange = 65000.0f, kMagic = 8388608.0f;  // 2^23
   constexpr int kRowTiles = S::page_tokens / 16;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Shared memory of attention's CTA, and what its warps tell each other there.
 //
-// Two warps load, teams of warps compute, one warp folds their results in order, one rotates queries ahead. Everything is
-// handed over through barriers, and every slot belongs to one team: a team that waits for a slot's next round has
-// consumed the round before, so that a barrier's parity tells all there is to know.
+// Teams of warps compute, each its own list of steps; other warps load for them. A step is handed over through
+// barriers, and every slot belongs to one team: a team that waits for a slot's next round has consumed the round before, so
+// that a barrier's parity tells all there is to know.
 #pragma once
 
 #include "cuda/attend.hpp"
@@ -12,84 +12,106 @@
 
 namespace kvarn::cuda {
 
-inline constexpr int kComputingWarps = 8, kFoldingWarp = 8, kQueryWarp = 9, kKeyWarp = 10, kValueWarp = 11;
-inline constexpr int kWarps = 12;
-inline constexpr int kMaxTeamWarps = 4, kMaxSlots = 32, kMaxResults = 16;
+// Four loading warps: with three warps a quarter of the multiprocessor, each may have 168 registers.
+inline constexpr int kLoadingWarps = 4, kWarps = kComputingWarps + kLoadingWarps;
+inline constexpr int kMaxTeamWarps = kMaxBlockColumns / kWarpColumns, kMaxSlots = 32;
+inline constexpr int kMaxStates = 60;  // of a warp: most_parts() of any length
 
-// A step of a unit, as the loading warp leaves it for the team.
+// What a segment is about, of its block's plan.
+struct Target {
+  int32_t row, start, first_column, columns;
+  __device__ static Target of(const BlockPlan& b) { return {b.row, b.start, b.first_column, b.columns}; }
+};
+
+// A step, as the loading warp leaves it for the team.
 struct alignas(16) Item {
-  const uint8_t* from;        // packed: the record
-  int32_t segment, position;  // of the CTA's segments; of the first token
+  int32_t block, head, position;  // position: of the first token
   uint32_t flags;
-  int32_t head;                // raw: where its tokens are
-  int16_t raw_slot, valid;     // raw: of the workspace, or -1; how many tokens there are from the first one on
+  int32_t rank, next;  // where the state began that the step belongs to; before the next step
 };
-inline constexpr uint32_t kItemRaw = 1;                   // of a raw unit
-inline constexpr uint32_t kItemEmpty = 2;                 // the unit has no such step
-inline constexpr uint32_t kItemFirst = 4, kItemLast = 8;  // of a run
-inline constexpr uint32_t kItemEdge = 16;                 // there is a token here that some row of the block does not see
+inline constexpr uint32_t kItemRaw = 1;
+inline constexpr uint32_t kItemFirst = 2, kItemLast = 4;  // of the steps that are chained in registers
+inline constexpr uint32_t kItemEdge = 8;                  // there is a token here that some row of the block does not see
 
-// Segments that this CTA has to merge when its share is done: at most the first and the last of it.
-struct MergeList {
-  struct Segment {
-    int32_t block, head, first, last;  // and the CTAs that left parts
-  } segments[2];
-  int32_t count;
+// A partial result of a list: of which segment, and between which ranks.
+struct alignas(8) Piece {
+  int32_t block;
+  int16_t head;
+  int8_t rank, next;
 };
 
-template <class S>
+// What is left of what a warp has folded: where, and the rank before it.
+struct alignas(16) Waiting {
+  Slice* at;
+  int32_t rank;
+};
+// A segment that lists of the CTA were left with: it reaches over the end of a list.
+struct Left {
+  int32_t block, head, first, last;  // and the lists that have something of it
+  Target target;
+  int32_t list, index;  // where the first of its states is: of which list, which of that
+  // If it reaches over an end of the CTA: the steps that the CTA has of it, and that there are; the CTAs that share it.
+  int32_t steps, all_steps, first_cta, last_cta;  // steps 0: the CTA has it to itself
+  int32_t end;                                    // 0: begun by an earlier CTA, 1: only begun by this one
+  bool merges;                                    // this CTA does it: the others have arrived
+};
+
 struct Room {
-  using Stored = StoredState<S::head_dim>;
   Barrier keys_full[kMaxSlots], keys_empty[kMaxSlots], values_full[kMaxSlots], values_empty[kMaxSlots];
-  Barrier results_full[kMaxResults], results_empty[kMaxResults];              // of runs
-  Barrier queries_full[kComputingWarps], queries_empty[kComputingWarps];      // of segments, as many as teams
-  Item items[kMaxSlots];                                                      // of the K slots
-  QueryColumn columns[kComputingWarps * kWarpColumns];                        // [teams][4 team_warps]
-  int32_t merge_parts, merge_next;
-  MergeList merges;
-  // then: queries [teams][4 team_warps][D] f32, levels [4][team_warps], results [results][team_warps], K slots, V slots
-
-  // Offsets from the start, not pointers made of integers: the compiler must see that they stay in shared memory.
-  static constexpr int kQueryBytes = 4 * kWarpColumns * S::head_dim;
-  static constexpr int kLevels = 4;  // piece, group, chapter, segment
-  static constexpr int kStoredBytes = static_cast<int>(sizeof(Stored));
-  static constexpr int levels_at(int warps) { return static_cast<int>(sizeof(Room)) + warps * kQueryBytes; }
-  static constexpr int results_at(int warps, int team_warps) {
-    return levels_at(warps) + kLevels * team_warps * kStoredBytes;
-  }
-  static constexpr int slots_at(int teams, int team_warps, int results) {
-    return (results_at(teams * team_warps, team_warps) + results * team_warps * kStoredBytes + 127) / 128 * 128;
-  }
-  __device__ uint8_t* bytes() { return reinterpret_cast<uint8_t*>(this); }
-  __device__ float* queries(const AttendParameters& p, int slot, int warp) {
-    return reinterpret_cast<float*>(bytes() + sizeof(Room) + (slot * p.team_warps + warp) * kQueryBytes);
-  }
-  __device__ Stored& level(const AttendParameters& p, int level, int warp) {
-    return reinterpret_cast<Stored*>(bytes() + levels_at(p.teams * p.team_warps))[level * p.team_warps + warp];
-  }
-  __device__ Stored& result(const AttendParameters& p, int slot, int warp) {
-    return reinterpret_cast<Stored*>(bytes() + results_at(p.teams * p.team_warps, p.team_warps))[slot * p.team_warps + warp];
-  }
-  __device__ uint8_t* slots(const AttendParameters& p) { return bytes() + slots_at(p.teams, p.team_warps, p.results); }
+  Item items[kMaxSlots];                               // of the K slots
+  QueryColumn columns[kComputingWarps][kWarpColumns];
+  Piece pieces[kComputingWarps][kMaxStates];           // that a warp still has, in order; the same for all of a team
+  int32_t counts[kComputingWarps];                     // of those
+  Left left[kComputingWarps + 1];                      // in order
+  int32_t left_count;
+  // then: queries [warp][4][D] f32, states [warp][states], K slots [team][depth], V slots
 };
 
-// What a slot must hold: a record's K or V part, or 16 raw tokens.
-template <class S>
-struct SlotBytes {
-  static constexpr int key_part = static_cast<int>(S::layout.v_codes), value_part = S::record_bytes - key_part;
-  static constexpr int raw = kRawStep * kRawRowBytes<S>;
-  static constexpr int keys = (std::max(key_part, raw) + 127) / 128 * 128;
-  static constexpr int values = (std::max(value_part, raw) + 127) / 128 * 128;
+// The end of a CTA (attend_merge.cuh), where the slots were.
+struct alignas(128) Ending {
+  Waiting waiting[kWarps][kMaxStates];
 };
 
-// Bytes of all slots; of results and slots together, which merging uses in the end.
-template <class S>
-__host__ __device__ inline int slots_bytes(const AttendParameters& p) {
-  return p.teams * (p.key_depth * SlotBytes<S>::keys + p.value_depth * SlotBytes<S>::values);
+// A CTA's share, or a list: its cut, and the one behind it.
+struct Share {
+  Cut begin, end;
+  __device__ int steps() const { return end.number - begin.number; }
+};
+__device__ inline Share share_of(const AttendParameters& p, int list, int lists) {
+  return {p.plan.cuts[list], p.plan.cuts[list + lists]};
 }
-template <class S>
-__host__ __device__ inline int merge_bytes(const AttendParameters& p) {
-  return p.results * p.team_warps * Room<S>::kStoredBytes + slots_bytes<S>(p);
+
+// What a slot must hold: a record's K or V part, or a step of raw tokens.
+constexpr int key_part(const kvarn_layout& l) { return static_cast<int>(l.v_codes); }
+constexpr int value_part(const kvarn_layout& l) { return static_cast<int>(l.record_bytes - l.v_codes); }
+constexpr int slot_bytes(const kvarn_layout& l, int part) {
+  return (std::max(part, raw_step(l.head_dim) * raw_row_bytes(l.head_dim)) + 127) / 128 * 128;
 }
+
+// The parts of the room, by bytes from its start: the compiler must see that they stay in shared memory.
+template <class S>
+struct RoomOf {
+  using Stored = StoredState<S::head_dim>;
+  static_assert(sizeof(Stored) == state_bytes(S::head_dim));
+  static constexpr int key_part = cuda::key_part(S::layout), value_part = cuda::value_part(S::layout);
+  static constexpr int key_slot = slot_bytes(S::layout, key_part), value_slot = slot_bytes(S::layout, value_part);
+
+  const AttendParameters& p;
+  uint8_t* base;
+  __device__ Room& operator*() const { return *reinterpret_cast<Room*>(base); }
+  __device__ Room* operator->() const { return reinterpret_cast<Room*>(base); }
+  __device__ float* queries(int warp) const {
+    return reinterpret_cast<float*>(base + p.in.queries_at) + warp * kWarpColumns * S::head_dim;
+  }
+  __device__ uint8_t* keys(int slot) const { return base + p.in.keys_at + slot * key_slot; }
+  __device__ uint8_t* values(int slot) const { return base + p.in.values_at + slot * value_slot; }
+  // A warp's partial result, those of a team one after the other; what shared memory has no room for lies in global memory.
+  __device__ Stored& state(int warp, int index) const {
+    if (index < p.in.states)
+      return reinterpret_cast<Stored*>(base + p.in.states_at)[index * p.in.teams * p.in.team_warps + warp];
+    return reinterpret_cast<Stored*>(p.plan.spilled)[(static_cast<int64_t>(blockIdx.x) * p.max_parts + index) *
+                                                         kComputingWarps + warp];
+  }
+};
 
 }  // namespace kvarn::cuda

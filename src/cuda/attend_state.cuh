@@ -2,24 +2,25 @@
 // The running softmax of a few columns, and how one follows another.
 //
 // A column's state is (m, l, O): weights are in units of 2^m with m an integer, so that changing the unit is exact and
-// only the order of the additions decides the bits. That order is fixed: steps (tiles) in a piece, pieces in a group, groups
-// in a chapter, chapters in the segment (docs/kernels.md), each by fold_value, in registers or in memory. Folding an empty state (m = kEmpty, zeros) changes nothing.
+// only the order of the additions decides the bits. That order is fixed (attend_order.cuh), each by fold_value, in
+// registers or in memory. Folding an empty state (m = kEmpty, zeros) changes nothing.
 //
 // A warp has four columns. Lane 4 g + i holds of column i the channels 16 T + 2 g and + 1 for T = 0, 1, ..; m and l are
 // the same in all g.
 #pragma once
 
 #include "cuda/machine.cuh"
+#include "cuda/plan.hpp"
 
 namespace kvarn::cuda {
 
 inline constexpr float kEmpty = -1e30f;
-inline constexpr int kWarpColumns = 4;
 
-template <int kHeadDim>
+// kSlices: of 32 channels each; a warp that computes has all of them.
+template <int kSlices>
 struct State {
   float m, l;
-  float out[kHeadDim / 8];  // [T][2]
+  float out[4 * kSlices];  // [T][2]
 
   __device__ void clear() {
     m = kEmpty, l = 0;
@@ -27,37 +28,45 @@ struct State {
     for (float& x : out) x = 0;
   }
 };
+template <int kHeadDim>
+using FullState = State<kHeadDim / 32>;
 
-// A state in memory: [D / 32][lane] of 16 bytes (two T's), then m and l of the columns.
+// A slice in memory: of every lane two T's, and its own copy of the columns' m and l, so that warps that fold different
+// slices of a state need not know of each other.
+struct Slice {
+  float4 out[32];
+  float m[kWarpColumns], l[kWarpColumns];
+};
 template <int kHeadDim>
 struct StoredState {
-  float4 out[kHeadDim / 32][32];
-  float m[kWarpColumns], l[kWarpColumns];
+  Slice slices[kHeadDim / 32];
 
-  __device__ void store(const State<kHeadDim>& s, int lane) {
-#pragma unroll
-    for (int q = 0; q < kHeadDim / 32; ++q) {
-      const float* x = s.out + 4 * q;
-      out[q][lane] = make_float4(x[0], x[1], x[2], x[3]);
-    }
-    if (lane < kWarpColumns) m[lane] = s.m, l[lane] = s.l;
-  }
   // Channel d of column i, for a writer that holds other channels.
   __device__ float& at(int d, int i) {
     const int tile = d / 16, lane = 4 * (d % 16 / 2) + i;
-    return reinterpret_cast<float*>(&out[tile / 2][lane])[2 * (tile % 2) + d % 2];
-  }
-  __device__ void copy(const StoredState& from, int lane) {
-#pragma unroll
-    for (int q = 0; q < kHeadDim / 32; ++q) out[q][lane] = from.out[q][lane];
-    if (lane < kWarpColumns) m[lane] = from.m[lane], l[lane] = from.l[lane];
-  }
-  __device__ void clear(int lane) {
-#pragma unroll
-    for (int q = 0; q < kHeadDim / 32; ++q) out[q][lane] = make_float4(0, 0, 0, 0);
-    if (lane < kWarpColumns) m[lane] = kEmpty, l[lane] = 0;
+    return reinterpret_cast<float*>(&slices[tile / 2].out[lane])[2 * (tile % 2) + d % 2];
   }
 };
+
+template <int kSlices>
+__device__ inline void store_state(const State<kSlices>& s, Slice* to, int lane) {
+#pragma unroll
+  for (int q = 0; q < kSlices; ++q) {
+    const float* x = s.out + 4 * q;
+    to[q].out[lane] = make_float4(x[0], x[1], x[2], x[3]);
+    if (lane < kWarpColumns) to[q].m[lane] = s.m, to[q].l[lane] = s.l;
+  }
+}
+template <int kSlices>
+__device__ inline void load_state(State<kSlices>& s, const Slice* from, int lane) {
+#pragma unroll
+  for (int q = 0; q < kSlices; ++q) {
+    const float4 y = from[q].out[lane];
+    float* x = s.out + 4 * q;
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+  }
+  s.m = from->m[lane & 3], s.l = from->l[lane & 3];
+}
 
 struct FoldFactors {
   float m, a, b;  // the common unit; what the earlier and the later state are multiplied by
@@ -71,22 +80,14 @@ __device__ inline float fold_value(float earlier, float later, const FoldFactors
   return __fmaf_rn(later, f.b, __fmaf_rn(earlier, f.a, 0.0f));
 }
 
-// total = total followed by part, by one warp.
-template <int kHeadDim>
-__device__ inline void fold(StoredState<kHeadDim>& total, const StoredState<kHeadDim>& part, int lane) {
-  const int column = lane & 3;
-  float4 x[kHeadDim / 32], y[kHeadDim / 32];  // all read before any is written: the compiler cannot know that they differ
+// state = earlier followed by state.
+template <int kSlices>
+__device__ inline void fold_behind(const State<kSlices>& earlier, State<kSlices>& state) {
+  const FoldFactors f = fold_factors(earlier.m, state.m);
+  state.m = f.m;
+  state.l = fold_value(earlier.l, state.l, f);
 #pragma unroll
-  for (int q = 0; q < kHeadDim / 32; ++q) x[q] = total.out[q][lane], y[q] = part.out[q][lane];
-  const FoldFactors f = fold_factors(total.m[column], part.m[column]);
-  const float l = fold_value(total.l[column], part.l[column], f);
-  __syncwarp();
-#pragma unroll
-  for (int q = 0; q < kHeadDim / 32; ++q)
-    total.out[q][lane] = make_float4(fold_value(x[q].x, y[q].x, f), fold_value(x[q].y, y[q].y, f),
-                                     fold_value(x[q].z, y[q].z, f), fold_value(x[q].w, y[q].w, f));
-  if (lane < kWarpColumns) total.m[column] = f.m, total.l[column] = l;
-  __syncwarp();
+  for (int i = 0; i < 4 * kSlices; ++i) state.out[i] = fold_value(earlier.out[i], state.out[i], f);
 }
 
 }  // namespace kvarn::cuda

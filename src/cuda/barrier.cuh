@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Barriers in shared memory, and copies from global memory that complete on them. A copy is issued by a whole warp. From
-// sm_90 on the copy engine carries it; before, the lanes do, 16 bytes at a time.
+// Barriers in shared memory, and copies from global memory that complete on them. From sm_90 on the copy engine carries long
+// stretches; before, the lanes of a warp do, 16 bytes at a time.
 #pragma once
 
 #include "cuda/machine.cuh"
@@ -25,24 +25,29 @@ __device__ inline void arrive(Barrier* barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Has the phase of that parity ended? What was released to it is visible then. Does not wait.
+__device__ inline bool ended(Barrier* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
+  return done != 0;
+}
 __device__ inline void wait(Barrier* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
   const uint32_t address = shared_address(barrier);
   uint32_t done;
   do {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
-#else
-    asm volatile(
-        "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
-#endif
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(address), "r"(parity)
+                 : "memory");
   } while (done == 0);
+#else
+  while (!ended(barrier, parity)) {
+  }
+#endif
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -51,7 +56,7 @@ inline constexpr uint32_t kCopyArrivals = 1;
 inline constexpr uint32_t kCopyArrivals = 32;
 #endif
 
-// Announces `bytes` that copies will bring: by one lane, or by all lanes, of which one announces, before the copies.
+// Announces `bytes` that the copies of one lane will bring, by that lane, before them.
 __device__ inline void expect_bytes(Barrier* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -60,14 +65,22 @@ __device__ inline void expect_bytes(Barrier* barrier, uint32_t bytes) {
       : "memory");
 #endif
 }
-__device__ inline void expect_copies(Barrier* barrier, uint32_t bytes, bool announces) {
-  if (announces) expect_bytes(barrier, bytes);
-  __syncwarp();
-}
 
-// In place of copies, where a barrier waits for some but there is nothing to bring; by all lanes.
-__device__ inline void expect_nothing(Barrier* barrier, bool announces) {
-  if (announces || kCopyArrivals > 1) arrive(barrier);
+// 16 bytes, carried by the lane; to wait for all of its own, or, by all lanes, to have a barrier complete with them.
+__device__ inline void copy_chunk(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+__device__ inline void wait_for_chunks() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void finish_chunks(Barrier* barrier, bool announces) {
+#if __CUDA_ARCH__ >= 900
+  // Every lane's copies add an arrival and take it away; the barrier itself counts one.
+  asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+  __syncwarp();
+  if (announces) arrive(barrier);
+#else
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
 }
 
 // How the caches treat what is read once: it leaves the second level first, which keeps what is read again (code, plan,
@@ -81,8 +94,9 @@ struct ReadOnce {
   }
 };
 
-// One lane's copy of `bytes`, a multiple of 16. Before sm_90 that lane carries all of it.
-__device__ inline void copy_row(void* to, const void* from, uint32_t bytes, Barrier* barrier, ReadOnce once) {
+// A stretch of `bytes`, a multiple of 16, by one lane; before sm_90 by all lanes of a warp, followed by finish_chunks().
+__device__ inline void copy_stretch(void* to, const void* from, uint32_t bytes, Barrier* barrier, int lane,
+                                    ReadOnce once) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
@@ -90,28 +104,8 @@ __device__ inline void copy_row(void* to, const void* from, uint32_t bytes, Barr
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)), "l"(once.policy)
       : "memory");
 #else
-  for (uint32_t i = 0; i < bytes; i += 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to) + i),
-                 "l"(__cvta_generic_to_global(static_cast<const uint8_t*>(from) + i))
-                 : "memory");
-#endif
-}
-
-// The warp's copy of one stretch.
-__device__ inline void copy_stretch(void* to, const void* from, uint32_t bytes, Barrier* barrier, int lane,
-                                    ReadOnce once) {
-#if __CUDA_ARCH__ >= 900
-  if (lane == 0) copy_row(to, from, bytes, barrier, once);
-#else
   for (uint32_t i = 16 * lane; i < bytes; i += 512)
-    copy_row(static_cast<uint8_t*>(to) + i, static_cast<const uint8_t*>(from) + i, 16, barrier, once);
-#endif
-}
-
-// After the last copy that belongs to what expect_copies announced.
-__device__ inline void finish_copies(Barrier* barrier) {
-#if __CUDA_ARCH__ < 900
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+    copy_chunk(static_cast<uint8_t*>(to) + i, static_cast<const uint8_t*>(from) + i);
 #endif
 }
 

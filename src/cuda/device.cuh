@@ -25,6 +25,16 @@ __device__ inline void let_next_start() {
 #endif
 }
 
+// Adds, and orders: what this CTA's threads wrote before a __syncthreads() is visible to whoever adds later and then reads.
+__device__ inline uint32_t add_and_fence(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(value)
+               : "memory");
+  return before;
+}
+
 // Element i of a row of any dtype.
 __device__ inline float load_element(const void* row, kvarn_dtype dtype, int64_t i) {
   if (dtype == KVARN_FLOAT16) return __half2float(static_cast<const __half*>(row)[i]);

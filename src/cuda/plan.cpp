@@ -23,9 +23,10 @@ WorkspaceMap WorkspaceMap::make(const kvarn_layout& layout, const kvarn_cuda_lim
   map.requests = take(requests * int64_t{sizeof(RequestPlan)});
   map.tiles = take(map.max_tiles * int64_t{sizeof(TilePlan)});
   map.blocks = take(map.max_blocks * int64_t{sizeof(BlockPlan)});
-  map.cuts = take((ctas + 1) * int64_t{sizeof(Cut)});
+  map.cuts = take((ctas * int64_t{kComputingWarps} + 1) * int64_t{sizeof(Cut)});
   map.counters = take(ctas * int64_t{sizeof(uint32_t)});
   map.parts = take(group > 0 ? ctas * (map.max_parts + int64_t{1}) * part_bytes(layout.head_dim) : 0);
+  map.spilled = take(group > 0 ? ctas * kComputingWarps * map.max_parts * state_bytes(layout.head_dim) : 0);
   map.raw = take(map.max_raw_tiles * int64_t{layout.kv_heads} * raw_tile_bytes(layout));
   map.bytes = offset;
   return map;
@@ -36,7 +37,8 @@ Plan Launch::plan() const {
   return {static_cast<PlanHeader*>(at(map.header)), static_cast<RequestPlan*>(at(map.requests)),
           static_cast<TilePlan*>(at(map.tiles)),    static_cast<BlockPlan*>(at(map.blocks)),
           static_cast<Cut*>(at(map.cuts)),          static_cast<uint32_t*>(at(map.counters)),
-          static_cast<float*>(at(map.parts)),       static_cast<uint16_t*>(at(map.raw))};
+          static_cast<uint8_t*>(at(map.parts)),     static_cast<uint8_t*>(at(map.spilled)),
+          static_cast<uint16_t*>(at(map.raw))};
 }
 
 }  // namespace kvarn::cuda

@@ -2,6 +2,8 @@
 // The plan of a step, made by one CTA: scans over requests, then over query tiles, blocks and cuts.
 #include <cub/block/block_scan.cuh>
 
+#include "cuda/attend.hpp"
+#include "cuda/attend_order.cuh"
 #include "cuda/device.cuh"
 #include "cuda/launch.hpp"
 
@@ -17,16 +19,16 @@ struct Counts {
   }
 };
 struct Costs {
-  int64_t bytes;
-  int32_t units;
-  __device__ friend Costs operator+(const Costs& a, const Costs& b) { return {a.bytes + b.bytes, a.units + b.units}; }
+  int64_t weight;
+  int32_t steps;
+  __device__ friend Costs operator+(const Costs& a, const Costs& b) { return {a.weight + b.weight, a.steps + b.steps}; }
 };
 
 struct Inputs {
   kvarn_layout layout;
   kvarn_batch batch;
   const int64_t* slots;
-  int32_t tokens, max_seq_len, group, columns, window, ctas;
+  int32_t tokens, max_seq_len, group, columns, window, ctas, teams;
   int32_t max_tiles, max_raw_tiles, max_blocks;
 };
 
@@ -64,21 +66,8 @@ __device__ int32_t tiles_of(const Inputs& in, const RequestPlan& r) {
                         : (r.length - 1) / in.layout.page_tokens - (r.length - r.queries) / in.layout.page_tokens + 1;
 }
 
-__device__ int32_t pieces(int32_t tokens) { return (tokens + kRawTokens - 1) / kRawTokens; }
-__device__ int32_t own_tokens(const Inputs& in, const BlockPlan& b, int which) {
-  if (which + 1 < b.own_tiles) return in.layout.page_tokens;
-  return (b.start + (b.first_column + b.columns - 1) / in.group) % in.layout.page_tokens + 1;
-}
-__device__ int64_t packed_bytes(const Inputs& in, const BlockPlan& b) {
-  return max(b.end_tile - b.first_tile, 0) * in.layout.record_bytes;
-}
-__device__ int64_t block_bytes(const Inputs& in, const BlockPlan& b) {
-  int64_t tokens = 0;
-  for (int i = 0; i < b.own_tiles; ++i) tokens += (own_tokens(in, b, i) + 15) / 16 * 16;
-  return packed_bytes(in, b) + tokens * 4 * in.layout.head_dim;
-}
-__device__ int32_t packed_units(const BlockPlan& b) {
-  return b.end_tile > b.first_tile ? (b.end_tile + kPieceTiles - 1) / kPieceTiles - b.first_tile / kPieceTiles : 0;
+__device__ int32_t weight_of(const BlockPlan& b) {
+  return packed_steps(b) + kRawWeight * (b.steps - packed_steps(b));
 }
 
 __device__ BlockPlan block_of(const Inputs& in, const RequestPlan& r, int32_t request, int32_t index,
@@ -88,7 +77,6 @@ __device__ BlockPlan block_of(const Inputs& in, const RequestPlan& r, int32_t re
   b.request = request;
   b.row = r.first_row;
   b.start = r.length - r.queries;
-  b.length = r.length;
   b.first_column = index * in.columns;
   b.columns = min(in.columns, r.queries * in.group - b.first_column);
   const int32_t first = b.start + b.first_column / in.group,
@@ -97,48 +85,98 @@ __device__ BlockPlan block_of(const Inputs& in, const RequestPlan& r, int32_t re
   b.own_tiles = last / page_tokens - b.own_tile + 1;
   b.end_tile = b.own_tile + b.own_tiles - 1;
   b.first_tile = in.window > 0 ? max(0, first - in.window + 1) / page_tokens : 0;
-  b.units = packed_units(b);
+  b.steps = packed_steps(b);
   for (int i = 0; i < b.own_tiles; ++i) {
-    b.units += pieces(own_tokens(in, b, i));
+    const int steps = raw_steps(own_tokens(b, page_tokens, in.group, i), in.layout.head_dim);
+    b.steps += steps;
+    if (i == 0) b.own_steps = steps;
     b.raw[i] = tiles[r.first_tile + b.own_tile + i - b.start / page_tokens].raw;
   }
   return b;
 }
 
-// Where a CTA begins whose share starts at `bytes`.
-__device__ Cut cut_at(const Inputs& in, const BlockPlan* blocks, int32_t count, int64_t bytes) {
-  const int32_t index = last_at_most(count, bytes, [&](int32_t i) { return blocks[i].cost_before; });
+// A share is cut where it is even, or up to `reach` steps beside it where the rank is higher: fewer partial results.
+__device__ Cut cut_at(const Inputs& in, const BlockPlan* blocks, int32_t index, int32_t head, int32_t step,
+                      int32_t reach) {
   const BlockPlan& b = blocks[index];
-  const int64_t size = block_bytes(in, b), inside = bytes - b.cost_before, packed = packed_bytes(in, b);
-  const auto head = static_cast<int32_t>(inside / size);
-  const int64_t rest = inside % size;
-  int32_t unit;
-  if (rest < packed) {
-    // To the nearest edge of a piece; the first piece, which a window may have cut short, begins at 0.
-    const auto tile = static_cast<int32_t>(rest / in.layout.record_bytes);
-    unit = tile == 0 ? 0 : (b.first_tile + tile + kPieceTiles / 2) / kPieceTiles - b.first_tile / kPieceTiles;
-  } else {
-    unit = packed_units(b) +
-           static_cast<int32_t>((rest - packed) / (int64_t{4} * in.layout.head_dim * kRawTokens));
-  }
-  Cut cut{index, head, min(unit, b.units), 0};
-  if (cut.unit == b.units) cut.unit = 0, ++cut.head;
+  int32_t best = step;
+  for (int32_t d = 1; d <= reach; ++d)
+    for (int32_t other : {step - d, step + d})
+      if (other >= 0 && other <= b.steps && rank_of(b, other) > rank_of(b, best)) best = other;
+  Cut cut{index, head, best, b.steps_before + head * b.steps + best};
+  if (cut.step == b.steps) cut.step = 0, ++cut.head;
   if (cut.head == in.layout.kv_heads) cut.head = 0, ++cut.block;
   return cut;
 }
 
-__global__ void __launch_bounds__(kThreads) plan_kernel(Inputs in, Plan plan) {
+// The step of a segment's `weight`.
+__device__ int32_t step_at(const BlockPlan& b, int32_t weight) {
+  const int32_t packed = packed_steps(b);
+  return weight <= packed ? weight : packed + (weight - packed + kRawWeight / 2) / kRawWeight;
+}
+// Where a share of `weight` ends.
+__device__ Cut cut_at_weight(const Inputs& in, const BlockPlan* blocks, int32_t count, int64_t weight, int32_t reach) {
+  const int32_t index = last_at_most(count, weight, [&](int32_t i) { return blocks[i].weight_before; });
+  const auto inside = static_cast<int32_t>(weight - blocks[index].weight_before);
+  const int32_t size = weight_of(blocks[index]);
+  return cut_at(in, blocks, index, inside / size, step_at(blocks[index], inside % size), reach);
+}
+
+// How many CTAs get a share: as many as give every list a step; if all segments are alike, whole CTAs for a segment or whole
+// segments for a CTA, where that costs no more than a twentieth: then little has to be merged, which matters more.
+__device__ int32_t shares_of(const Inputs& in, int64_t weight, int32_t segments, bool even) {
+  const auto most = static_cast<int32_t>(min(int64_t{in.ctas}, (weight + in.teams - 1) / in.teams));
+  if (!even) return most;
+  const int32_t each = (segments + most - 1) / most;  // segments of a CTA
+  const int32_t rounder = segments > most ? (segments + each - 1) / each
+                                          : min(in.ctas / segments, (most + segments / 2) / segments) * segments;
+  return 20 * rounder >= 19 * most ? rounder : most;
+}
+
+// CTAs have shares of one weight; that of raw steps does not count where all requests are as long but for those (`even`).
+__device__ Cut cut_of_cta(const Inputs& in, const BlockPlan* blocks, int32_t count, const Costs& all, bool even,
+                          int32_t cta) {
+  if (count == 0) return {count, 0, 0, all.steps};
+  const int32_t segments = count * in.layout.kv_heads, packed = packed_steps(blocks[0]);
+  const bool alike = even && packed > 0;
+  const int64_t weight = alike ? int64_t{segments} * packed : all.weight;
+  const int32_t shares = shares_of(in, weight, segments, alike);
+  if (cta >= shares) return {count, 0, 0, all.steps};
+  const int64_t at = weight * cta / shares, share = weight / shares;
+  const int32_t reach = cta == 0 ? 0 : static_cast<int32_t>(min(max(share / 16, int64_t{1}), int64_t{2 * kPieceTiles}));
+  if (!alike) return cut_at_weight(in, blocks, count, at, reach);
+  const auto segment = static_cast<int32_t>(at / packed);
+  return cut_at(in, blocks, segment / in.layout.kv_heads, segment % in.layout.kv_heads, static_cast<int32_t>(at % packed),
+                reach);
+}
+// In a CTA, lists have shares of one weight.
+__device__ Cut cut_of_list(const Inputs& in, const BlockPlan* blocks, int32_t count, const Cut& begin, const Cut& end,
+                           const Costs& all, int32_t list) {
+  const auto weight_before = [&](const Cut& cut) {
+    if (cut.block == count) return all.weight;
+    const BlockPlan& b = blocks[cut.block];
+    const int32_t packed = packed_steps(b);
+    return b.weight_before + cut.head * weight_of(b) + (cut.step <= packed ? cut.step : packed + kRawWeight * (cut.step - packed));
+  };
+  if (begin.number == end.number) return end;
+  const int64_t first = weight_before(begin), weight = weight_before(end) - first;
+  const Cut cut = cut_at_weight(in, blocks, count, first + weight * list / in.teams,
+                                static_cast<int32_t>(weight / in.teams / 16));
+  return cut.number < end.number ? cut : end;
+}
+
+__global__ void __launch_bounds__(kThreads, 1) plan_kernel(Inputs in, Plan plan) {
   using CountScan = cub::BlockScan<Counts, kThreads>;
   using CostScan = cub::BlockScan<Costs, kThreads>;
   __shared__ union {
     CountScan::TempStorage counts;
     CostScan::TempStorage costs;
   } scan;
-  __shared__ int32_t packs, cut_units[kThreads + 1];
+  __shared__ int32_t packs, least_tile, most_tile;
   const int thread = static_cast<int>(threadIdx.x);
   const int32_t requests = in.batch.requests, page_tokens = in.layout.page_tokens;
   const auto sum = [](const auto& a, const auto& b) { return a + b; };
-  if (thread == 0) packs = 0;
+  if (thread == 0) packs = most_tile = 0, least_tile = INT32_MAX;
   wait_for_previous();  // and no early start of the next kernel: attend reads the plan before it waits
   __syncthreads();
 
@@ -155,10 +193,14 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(Inputs in, Plan plan) {
     r.first_raw = before.raw;
     r.first_block = before.blocks;
     if (base + thread < requests) plan.requests[base + thread] = r;
-    if (r.queries > 0) atomicAdd(&packs, r.length / page_tokens - first_tile);
+    if (r.queries > 0) {
+      atomicAdd(&packs, r.length / page_tokens - first_tile);
+      atomicMin(&least_tile, first_tile), atomicMax(&most_tile, first_tile);
+    }
     total = total + all;
     __syncthreads();
   }
+  const bool even = least_tile == most_tile;
   total = {min(total.tiles, in.max_tiles), min(total.raw, in.max_raw_tiles), min(total.blocks, in.max_blocks)};
 
   for (int32_t i = thread; i < total.tiles; i += kThreads) {
@@ -184,32 +226,28 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(Inputs in, Plan plan) {
           last_at_most(requests, i, [&](int32_t r) { return plan.requests[r].first_block; });
       const RequestPlan r = plan.requests[request];
       b = block_of(in, r, request, i - r.first_block, plan.tiles);
-      mine = {block_bytes(in, b) * in.layout.kv_heads, b.units * in.layout.kv_heads};
+      mine = {int64_t{weight_of(b)} * in.layout.kv_heads, b.steps * in.layout.kv_heads};
     }
     Costs before, all;
     CostScan(scan.costs).ExclusiveScan(mine, before, Costs{}, sum, all);
     before = cost + before;
-    b.cost_before = before.bytes;
-    b.units_before = before.units;
+    b.weight_before = before.weight;
+    b.steps_before = before.steps;
     if (i < total.blocks) plan.blocks[i] = b;
     cost = cost + all;
     __syncthreads();
   }
 
   if (in.columns > 0) {
-    Cut cut{total.blocks, 0, 0, 0};
-    int32_t first_unit = cost.units;
-    if (thread < in.ctas && total.blocks > 0) {
-      cut = cut_at(in, plan.blocks, total.blocks, cost.bytes / in.ctas * thread + cost.bytes % in.ctas * thread / in.ctas);
-      if (cut.block < total.blocks) {
-        const BlockPlan& b = plan.blocks[cut.block];
-        first_unit = b.units_before + cut.head * b.units + cut.unit;
-      }
-    }
-    if (thread <= in.ctas) cut_units[thread] = first_unit;
+    for (int32_t cta = thread; cta <= in.ctas; cta += kThreads)
+      plan.cuts[cta * in.teams] = cut_of_cta(in, plan.blocks, total.blocks, cost, even, cta);
     __syncthreads();
-    if (thread < in.ctas) cut.units = cut_units[thread + 1] - first_unit;
-    if (thread <= in.ctas) plan.cuts[thread] = cut;
+    for (int32_t i = thread; i < in.ctas * in.teams; i += kThreads) {
+      const int32_t first = i / in.teams * in.teams, list = i - first;
+      if (list > 0)
+        plan.cuts[i] =
+            cut_of_list(in, plan.blocks, total.blocks, plan.cuts[first], plan.cuts[first + in.teams], cost, list);
+    }
   }
   if (thread == 0) *plan.header = {total.tiles, total.raw, total.blocks, packs};
 }
@@ -217,19 +255,17 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(Inputs in, Plan plan) {
 }  // namespace
 
 cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window) {
-  const int32_t group = query_heads / launch.layout.kv_heads;
-  const Inputs in{launch.layout,
-                  launch.step.batch,
-                  launch.step.slots,
-                  launch.step.tokens,
-                  launch.limits.max_seq_len,
-                  group,
-                  query_heads > 0 ? block_columns(launch.layout, query_heads, launch.step.max_query_len) : 0,
-                  window,
-                  launch.ctas,
-                  launch.map.max_tiles,
-                  launch.map.max_raw_tiles,
-                  launch.map.max_blocks};
+  Inputs in{launch.layout,         launch.step.batch,    launch.step.slots, launch.step.tokens, launch.limits.max_seq_len, 0, 0,
+            window,                launch.ctas,          0,                 launch.map.max_tiles,
+            launch.map.max_raw_tiles, launch.map.max_blocks};
+  if (query_heads > 0) {
+    in.group = query_heads / launch.layout.kv_heads;
+    in.columns = block_columns(launch.layout, query_heads, launch.step.max_query_len);
+    Division division;
+    const cudaError_t error = divide(launch.layout, in.columns, division);
+    if (error != cudaSuccess) return error;
+    in.teams = division.teams;
+  }
   return launch_dependent(plan_kernel, dim3(1), dim3(kThreads), 0, launch.stream, in, launch.plan());
 }
 

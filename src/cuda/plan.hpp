@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "format/layout.hpp"
@@ -32,20 +33,21 @@ struct TilePlan {
 struct alignas(64) BlockPlan {
   int32_t request;
   int32_t row, start;             // the request's first row of this step in q, and its position
-  int32_t length;                 // of the request after this step
   int32_t first_column, columns;  // column c of a request: row c / group, head c % group
-  int32_t first_tile, end_tile;   // packed tiles first .. end-1 are read
+  int32_t first_tile, end_tile;   // packed tiles first .. end-1 are read, a step each
   int32_t own_tile, own_tiles;    // raw: the tile of the first row, and 2 if the rows lie in two
   int32_t raw[2];                 // where those are: slots of the workspace, or -1 for the pages
-  int32_t units, units_before;    // pieces of one KV head; of the blocks before, all KV heads
-  int64_t cost_before;            // bytes of the blocks before, all KV heads
+  int32_t own_steps;              // of the first own tile, raw_step(head_dim) tokens each
+  int32_t steps, steps_before;    // of one KV head; of the blocks before, all KV heads
+  int64_t weight_before;          // of the blocks before, all KV heads
 };
 static_assert(sizeof(BlockPlan) == 64);
 
-// Where attention's CTA begins in the order (block, KV head, unit); entry [ctas] is the end.
-struct Cut {
-  int32_t block, head, unit;
-  int32_t units;  // of this CTA
+// Where a list of attention's work begins in the order (block, KV head, step): there is one list for every team of
+// every CTA, and entry [lists] is the end.
+struct alignas(16) Cut {
+  int32_t block, head, step;
+  int32_t number;  // of that step in the order
 };
 
 struct PlanHeader {
@@ -53,12 +55,12 @@ struct PlanHeader {
   int32_t packs;  // tiles that complete in this step
 };
 
-// Pieces of the history that one warp chains; fixed, so that no result depends on how the work is cut.
-inline constexpr int kPieceTiles = 4;                      // packed tiles of a piece, at absolute tile numbers
-inline constexpr int kRawStep = 16;                        // raw tokens in place of a tile
-inline constexpr int kRawTokens = kPieceTiles * kRawStep;  // of a piece
-inline constexpr int kFoldPieces = 8;                      // pieces of a group, and groups of a chapter
+// What the order of additions is made of (attend_order.cuh).
+inline constexpr int kPieceTiles = 4;  // packed tiles that are chained, at absolute tile numbers
+constexpr int raw_step(int head_dim) { return head_dim > 128 ? 16 : 32; }  // raw tokens in place of a tile
+inline constexpr int kRawWeight = 1;                                       // of a raw step, where a packed one has 1
 inline constexpr int kMinBlockColumns = 4, kMaxBlockColumns = 16;
+inline constexpr int kWarpColumns = 4, kComputingWarps = 8;  // of a warp; of a CTA of attention
 
 // Columns of a block: as many as the largest request of the step needs, in steps that there are kernels for.
 constexpr int32_t block_columns(const kvarn_layout& layout, int32_t query_heads, int32_t max_query_len) {
@@ -69,19 +71,21 @@ constexpr int32_t block_columns(const kvarn_layout& layout, int32_t query_heads,
   return size;
 }
 
-// Partial results that one CTA may leave: of a segment it does not begin, single pieces up to a group's edge, groups up
-// to a chapter's edge, chapters, and what is left; pieces of up to two own tiles; and as much of one it does not end.
+// Partial results that a list, or a CTA, can be left with: the steps of a piece, pieces of rising and then of falling
+// rank, and those of two own tiles.
 constexpr int64_t most_parts(const kvarn_layout& layout, int64_t max_seq_len) {
   const int64_t pieces = max_seq_len / (int64_t{layout.page_tokens} * kPieceTiles) + 1;
-  return 2 * (kFoldPieces - 1) + pieces / (kFoldPieces * kFoldPieces) + 2 + 2 * (layout.page_tokens / kRawTokens) + 5;
+  return 2 * std::bit_width(static_cast<uint64_t>(pieces)) + 10;
 }
 
-// Room for one of them: sums, unit and value of every column, and how it is folded.
-constexpr int64_t part_bytes(int32_t head_dim) { return int64_t{4} * kMaxBlockColumns * (head_dim + 2) + 64; }
+// Room for one of them, of one warp's columns: slices of 32 channels with unit and value of every column.
+constexpr int64_t state_bytes(int32_t head_dim) { return head_dim / 32 * int64_t{4} * kWarpColumns * (32 + 2); }
+// Of all columns of a block, and their ranks.
+constexpr int64_t part_bytes(int32_t head_dim) { return kMaxBlockColumns / kWarpColumns * state_bytes(head_dim) + 32; }
 
 // Byte offsets into the workspace; the same for everybody who has the same layout and limits.
 struct WorkspaceMap {
-  int64_t header, requests, tiles, blocks, cuts, counters, parts, raw, bytes;
+  int64_t header, requests, tiles, blocks, cuts, counters, parts, spilled, raw, bytes;
   int32_t max_tiles, max_raw_tiles, max_blocks, max_parts;
 
   static WorkspaceMap make(const kvarn_layout& layout, const kvarn_cuda_limits& limits, int32_t ctas);
@@ -107,7 +111,8 @@ struct Plan {
   BlockPlan* blocks;
   Cut* cuts;
   uint32_t* counters;  // [ctas] 0 between launches
-  float* parts;        // [ctas][max_parts]: partial results of segments that several CTAs share
+  uint8_t* parts;      // [ctas][1 + max_parts]: partial results of segments that several CTAs share
+  uint8_t* spilled;    // [ctas][max_parts][computing warps]: what shared memory has no room for
   uint16_t* raw;       // [raw tile][kv_heads][2][G][D] f16, rotated
 };
 

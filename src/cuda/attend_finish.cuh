@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// The end of a segment: sink, division by the sum of weights, inverse rotation, output.
+#pragma once
+
+#include "cuda/attend_queries.cuh"
+#include "cuda/device.cuh"
+
+namespace kvarn::cuda {
+
+// The inverse rotation of the lane's column: channel 16 T + 2 g + h lies in element 2 T + h.
+template <int kHeadDim>
+__device__ inline void rotate_column(float (&x)[kHeadDim / 8], int lane) {
+#pragma unroll
+  for (int e = 0; e < kHeadDim / 8; e += 2) {  // bit 0 of the channel
+    const float p = x[e], q = x[e + 1];
+    x[e] = p + q;
+    x[e + 1] = p - q;
+  }
+#pragma unroll 1
+  for (int mask = 4; mask < 32; mask *= 2)  // bits 1, 2, 3 are g
+#pragma unroll
+    for (float& y : x) {
+      const float other = __shfl_xor_sync(~0u, y, mask);
+      y = lane & mask ? other - y : y + other;
+    }
+  constexpr int kFirst = kHeadDim == 96 ? 64 : kHeadDim;  // 96 = 64 + 32 are rotated apart
+#pragma unroll
+  for (int start = 0; start < kHeadDim; start += kFirst) {
+    const int block = start == 0 ? kFirst : kHeadDim - kFirst;
+#pragma unroll
+    for (int bit = 1; bit < block / 16; bit *= 2)
+#pragma unroll
+      for (int t = 0; t < block / 16; ++t)
+        if ((t & bit) == 0)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int e = 2 * (start / 16 + t) + h;
+            const float a = x[e], b = x[e + 2 * bit];
+            x[e] = a + b;
+            x[e + 2 * bit] = a - b;
+          }
+    const float scale = block == 256 ? 0.0625f : block == 128 ? 0.0883883461f : block == 64 ? 0.125f : 0.176776692f;
+#pragma unroll
+    for (int e = 0; e < block / 8; ++e) x[start / 8 + e] *= scale;
+    if (kFirst == kHeadDim) break;
+  }
+}
+
+__device__ inline uint32_t pack_bfloats(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+// A segment's result, all of it in `total`, to the rows of the columns that warp `rank` of a team has. Not inlined: code that
+// is rarely used must not lie between code that is used all the time.
+template <class S>
+__device__ __noinline__ void finish(const AttendParameters& p, Target b, int head, int rank,
+                                    const StoredState<S::head_dim>& total, int lane) {
+  const int g = lane >> 2, i = lane & 3, local = kWarpColumns * rank + i;
+  if (kWarpColumns * rank >= b.columns) return;
+  const int column = b.first_column + min(local, b.columns - 1);
+  const int row = b.row + column / p.group, query_head = head * p.group + column % p.group;
+  FullState<S::head_dim> state;
+  load_state(state, total.slices, lane);
+  float(&x)[S::head_dim / 8] = state.out;
+  float a = 1, l = state.l;
+  if (p.sinks != nullptr) {  // one more logit in the sum
+    const float sink = p.sinks[query_head] * 1.44269504f, unit = fmaxf(ceilf(sink), kEmpty);
+    const FoldFactors f = fold_factors(state.m, unit);
+    a = f.a;
+    l = fold_value(l, exp2_fast(sink - unit), f);
+  }
+  const float inverse = a / l;
+#pragma unroll
+  for (float& y : x) y *= inverse;
+  rotate_column<S::head_dim>(x, lane);
+  if (local >= b.columns) return;
+  const int64_t start = row * p.out.token_stride + query_head * p.out.head_stride + 2 * g;
+#pragma unroll
+  for (int t = 0; t < S::head_dim / 16; ++t) {
+    const float low = x[2 * t], high = x[2 * t + 1];
+    const int64_t to = start + 16 * t;
+    if (p.out.dtype == KVARN_FLOAT32) {
+      float* out = static_cast<float*>(p.out.data) + to;
+      out[0] = low, out[1] = high;
+    } else {
+      const uint32_t bits = p.out.dtype == KVARN_FLOAT16 ? pack_halves(low, high) : pack_bfloats(low, high);
+      uint16_t* out = static_cast<uint16_t*>(p.out.data) + to;
+      out[0] = static_cast<uint16_t>(bits), out[1] = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+}
+
+}  // namespace kvarn::cuda

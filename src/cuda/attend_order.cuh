@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// The order of attention's work, and the order of its additions.
+//
+// A segment is a block's history for one KV head: a step for every packed tile, then one for every 16 or 32 raw tokens of the
+// own tile, or of two. The boundary before each step has a rank; a lower rank is added across first. Four tiles, at absolute
+// numbers, are chained one after the other (ranks -3, -2, -1); pieces of four lie under a binary tree over absolute
+// numbers (the rank of piece j is how often 2 divides j); then come the own tiles. So a stretch of the history leaves few
+// partial results wherever it is cut, and the bits of a sum depend on nothing but the positions in the segment.
+#pragma once
+
+#include "cuda/plan.hpp"
+
+namespace kvarn::cuda {
+
+inline constexpr int kRankOwn = 40, kRankBegins = 64, kRankEnds = 100;  // an own tile, the segment, and what follows it
+
+__device__ inline int packed_steps(const BlockPlan& b) { return max(b.end_tile - b.first_tile, 0); }
+__device__ inline int raw_steps(int tokens, int head_dim) { return (tokens + raw_step(head_dim) - 1) / raw_step(head_dim); }
+
+// Rows of a block lie in one or two tiles; how many raw tokens of tile own_tile + which they see at most.
+__device__ inline int own_tokens(const BlockPlan& b, int page_tokens, int group, int which) {
+  if (which + 1 < b.own_tiles) return page_tokens;
+  return (b.start + (b.first_column + b.columns - 1) / group) % page_tokens + 1;
+}
+
+__device__ inline int piece_rank(int step, int piece) {
+  return step % kPieceTiles != 0 ? step % kPieceTiles - kPieceTiles : __ffs(piece) - 1;
+}
+// Of the boundary before a step; step b.steps is the end.
+__device__ inline int rank_of(const BlockPlan& b, int step) {
+  if (step == 0) return kRankBegins;
+  if (step == b.steps) return kRankEnds;
+  const int packed = packed_steps(b);
+  if (step < packed) return piece_rank(b.first_tile + step, (b.first_tile + step) / kPieceTiles);
+  const int raw = step - packed, inside = raw >= b.own_steps ? raw - b.own_steps : raw;
+  if (inside == 0) return kRankOwn + (raw >= b.own_steps ? 1 : 0);
+  return piece_rank(inside, inside / kPieceTiles);
+}
+
+}  // namespace kvarn::cuda
