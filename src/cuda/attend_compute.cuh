@@ -35,21 +35,21 @@ __device__ inline void soft_cap(float cap, float inverse, float (&y)[kRowTiles][
       y[t][h] = cap - cap * __fdividef(2.0f, exp2_fast(y[t][h] * inverse) + 1.0f);
 }
 
-// What a warp has of its list, in order; of the segment that it is in, from `base` on.
+// What a warp has of its list, in order.
 template <class S>
-class Pieces {
+class Collector {
  public:
-  __device__ Pieces(const AttendParameters& p, const RoomOf<S>& room, int warp, int rank, int lane)
+  __device__ Collector(const AttendParameters& p, const RoomOf<S>& room, int warp, int rank, int lane)
       : p_(p), room_(room), pieces_(room->pieces[warp]), warp_(warp), rank_(rank), lane_(lane) {}
 
   __device__ void take(FullState<S::head_dim>& state, const Item& item) {
-    StoredState<S::head_dim>* free = &room_.state(warp_, count_);
+    StoredState<S::head_dim>* free = &room_.state(warp_, has_.count);
     if (item.flags & kItemRaw) exchange_channels<S>(state, *free, lane_);
     int rank = item.rank;
 #pragma unroll 1
-    while (count_ > base_ && rank < item.next && pieces_[count_ - 1].rank > rank) {
-      rank = pieces_[--count_].rank;
-      free = &room_.state(warp_, count_);
+    while (has_.count > has_.last_segment && rank < item.next && pieces_[has_.count - 1].rank > rank) {
+      rank = pieces_[--has_.count].rank;
+      free = &room_.state(warp_, has_.count);
       FullState<S::head_dim> earlier;
       load_state(earlier, free->slices, lane_);
       fold_behind(earlier, state);
@@ -59,22 +59,26 @@ class Pieces {
     __syncwarp();
     if (rank == kRankBegins && item.next == kRankEnds) {
       finish<S>(p_, Target::of(p_.plan.blocks[item.block]), item.head, rank_, *free, lane_);
+      if (has_.first_segment < 0) has_.first_segment = 0;
       return;
     }
     if (lane_ == 0)
-      pieces_[count_] = {item.block, static_cast<int16_t>(item.head), static_cast<int8_t>(rank),
-                         static_cast<int8_t>(item.next)};
-    ++count_;
+      pieces_[has_.count] = {reinterpret_cast<uint8_t*>(free), static_cast<int16_t>(rank), static_cast<int16_t>(item.next)};
+    ++has_.count;
     __syncwarp();
-    if (item.next == kRankEnds) base_ = count_;
+    if (item.next == kRankEnds) {
+      has_.last_segment = has_.count;
+      if (has_.first_segment < 0) has_.first_segment = has_.count;
+    }
   }
-  __device__ int count() const { return count_; }
+  __device__ Pieces has() const { return has_; }
 
  private:
   const AttendParameters& p_;
   const RoomOf<S>& room_;
   Piece* pieces_;
-  int warp_, rank_, lane_, count_ = 0, base_ = 0;
+  int warp_, rank_, lane_;
+  Pieces has_{0, 0, -1};
 };
 
 template <class S>
@@ -84,8 +88,6 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
   Target first{};  // read before the wait: only what the kernel before writes must be read behind it
   if (team < p.in.teams) list = share_of(p, static_cast<int>(blockIdx.x) * p.in.teams + team, 1);
   if (list.steps() > 0) first = Target::of(p.plan.blocks[list.begin.block]);
-  // Once for nothing, while there is nothing else to do: code that runs once is fetched longer than it runs.
-  if (list.steps() > 0) prepare_queries<S>(p, room, first, list.begin.head, rank, warp, lane);
   wait_for_previous();
   let_next_start();
   if (list.steps() > 0) prepare_queries<S>(p, room, first, list.begin.head, rank, warp, lane);
@@ -93,7 +95,7 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
   const float* queries = room.queries(warp);
   const QueryColumn* columns = room->columns[warp];
   FullState<S::head_dim> state;
-  Pieces<S> pieces(p, room, warp, rank, lane);
+  Collector<S> collector(p, room, warp, rank, lane);
   int block = list.begin.block, head = list.begin.head, key = 0, value = 0;
   uint32_t key_parity = 0, value_parity = 0;
 #pragma unroll 1
@@ -128,9 +130,9 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
     arrive(&room->values_empty[value_base + value]);
     if (++key == p.in.key_depth) key = 0, key_parity ^= 1;
     if (++value == p.in.value_depth) value = 0, value_parity ^= 1;
-    if (item.flags & kItemLast) pieces.take(state, item);
+    if (item.flags & kItemLast) collector.take(state, item);
   }
-  if (lane == 0) room->counts[warp] = pieces.count();
+  if (lane == 0) room->counts[warp] = collector.has();
 }
 
 }  // namespace kvarn::cuda

@@ -49,7 +49,7 @@ __device__ inline void find_left(const AttendParameters& p, Room& room, int lane
     const BlockPlan& b = p.plan.blocks[cut.block];
     const int last = lane + __ffs(static_cast<int>(~(sames >> lane >> 1))) - 1;
     const bool head = lane == 0, tail = last == teams;
-    left = {cut.block, cut.head, max(lane - 1, 0), min(last, teams - 1), Target::of(b), 0, 0, 0, b.steps, cta, cta,
+    left = {cut.block, cut.head, max(lane - 1, 0), min(last, teams - 1), !head, !tail, Target::of(b), 0, b.steps, cta, cta,
             head ? 0 : 1, false};
     if (head || tail) left.steps = (tail ? end.step : b.steps) - (head ? begin.step : 0);
   }
@@ -160,8 +160,9 @@ class Merge {
 #pragma unroll 1
     for (int i = warp_; i < count * p_.in.team_warps; i += kWarps) {
       const Left& left = room_->left[i / p_.in.team_warps];
-      if (left.steps == 0)
-        finish_at(left, i % p_.in.team_warps, room_.state(left.list * p_.in.team_warps + i % p_.in.team_warps, left.index));
+      if (left.steps > 0) continue;
+      const int rank = i % p_.in.team_warps;
+      finish_at(left, rank, *reinterpret_cast<const Stored*>(first_piece(left)->at + rank * sizeof(Stored)));
     }
     __syncthreads();
 #pragma unroll 1
@@ -182,26 +183,36 @@ class Merge {
   __device__ void finish_at(const Left& left, int rank, const Stored& total) const {
     finish<S>(p_, left.target, left.head, rank, total, lane_);
   }
-  // What the lists were left with of a segment; to where it is finished or where it waits for the other CTAs' parts.
-  __device__ void fold_lists(Left& left, int rank, int slice) {
-    const int team_warps = p_.in.team_warps;
+  // The first of a list's pieces of a segment, and the one behind its last.
+  __device__ const Piece* begin_of(const Left& left, int list) const {
+    const int warp = list * p_.in.team_warps;
+    return room_->pieces[warp] + (left.begins && list == left.first ? room_->counts[warp].last_segment : 0);
+  }
+  __device__ const Piece* end_of(const Left& left, int list) const {
+    const int warp = list * p_.in.team_warps;
+    return room_->pieces[warp] + (left.ends && list == left.last ? room_->counts[warp].first_segment : room_->counts[warp].count);
+  }
+  __device__ const Piece* first_piece(const Left& left) const {
+    int list = left.first;
+    while (begin_of(left, list) == end_of(left, list)) ++list;
+    return begin_of(left, list);
+  }
+
+  // What the lists were left with of a segment; to where it is finished (its first state) or waits for other CTAs' parts.
+  __device__ void fold_lists(const Left& left, int rank, int slice) {
     SliceFold fold(end_.waiting[warp_], lane_);
-    Slice* whole = nullptr;
+    const int offset = rank * static_cast<int>(sizeof(Stored)) + slice * static_cast<int>(sizeof(Slice));
     const bool tells = slice == 0 && rank == 0 && lane_ == 0;
+    Slice* whole = reinterpret_cast<Slice*>(first_piece(left)->at + offset);
 #pragma unroll 1
     for (int list = left.first; list <= left.last; ++list) {
-      const int count = room_->counts[list * team_warps];
+      const Piece* end = end_of(left, list);
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        const Piece piece = room_->pieces[list * team_warps][i];
-        if (piece.block != left.block || piece.head != left.head) continue;
-        Slice* at = room_.state(list * team_warps + rank, i).slices + slice;
+      for (const Piece* next = begin_of(left, list); next != end; ++next) {
+        const Piece piece = *next;
+        Slice* at = reinterpret_cast<Slice*>(piece.at + offset);
         State<1> state;
         load_state(state, at, lane_);
-        if (whole == nullptr) {
-          whole = at;
-          if (tells) left.list = list, left.index = i;
-        }
         fold.take(state, at, piece.rank, piece.next);
       }
     }
@@ -239,18 +250,15 @@ class Merge {
     int32_t* codes = reinterpret_cast<int32_t*>(reinterpret_cast<Slice*>(room_.base + p_.in.states_at) + kWarps * most) +
                      warp_ * most;
     SliceFold fold(end_.waiting[warp_], lane_);
-    int before = 0;
+    int before = 0;  // parts of the CTAs before
 #pragma unroll 1
     for (int base = left.first_cta; base <= left.last_cta; base += 32) {
       // A lane has a CTA. Loads that do not need each other are in flight together.
       const int cta = min(base + lane_, left.last_cta);
       const bool tail = cta == left.first_cta;
-      const Parts<S> mine(p_, cta);
-      constexpr int kAhead = 4;  // more parts than that are rare
-      int ranks[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) ranks[i] = __ldcg(&mine.ranks(mine.place(i, tail)));
-      const int written = __ldcg(tail ? &mine.counts().tail : &mine.counts().head);
+      const Parts<S> parts(p_, cta);
+      const int first_code = __ldcg(&parts.ranks(parts.place(0, tail)));
+      const int written = __ldcg(tail ? &parts.counts().tail : &parts.counts().head);
       const bool inside = base + lane_ <= left.last_cta && share_of(p_, cta * p_.in.teams, p_.in.teams).steps() > 0;
       const int count = inside ? written : 0;
       int until = count;  // inclusive scan
@@ -259,54 +267,71 @@ class Merge {
         const int other = __shfl_up_sync(~0u, until, o);
         if (lane_ >= o) until += other;
       }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (i < count && before + until - count + i < most) codes[before + until - count + i] = ranks[i];
+      const int all = __shfl_sync(~0u, until, 31);
+      const auto part = [&](int i) { return parts.part(parts.place(i, tail))[rank].slices + slice; };
+      const auto code = [&](int i) { return i == 0 ? first_code : __ldcg(&parts.ranks(parts.place(i, tail))); };
+      const int fit = max(0, min(all, most - before));
+      const int first = until - count, mine = max(0, min(count, fit - first));
+      begin_slices(mine);
 #pragma unroll 1
-      for (int i = kAhead; i < count && before + until - count + i < most; ++i)
-        codes[before + until - count + i] = __ldcg(&mine.ranks(mine.place(i, tail)));
+      for (int i = 0; i < mine; ++i) {
+        copy_slice(copies + before + first + i, part(i));
+        codes[before + first + i] = code(i);
+      }
+      wait_for_slices();
+#pragma unroll 1
+      for (int i = before; i < before + fit; ++i) {
+        State<1> state;
+        load_state(state, copies + i, lane_);
+        fold.take(state, copies + i, codes[i] >> 8, static_cast<int8_t>(codes[i] & 255));
+      }
       // What there is no room for is folded where it is.
-      const auto part = [&](int owner, int i) {
-        const Parts<S> parts(p_, base + owner);
-        return parts.part(parts.place(i, base + owner == left.first_cta))[rank].slices + slice;
-      };
-      const auto for_parts = [&](auto body) {
-        int at = before;
 #pragma unroll 1
-        for (int owner = 0; owner < min(32, left.last_cta + 1 - base); ++owner) {
-          const int parts = __shfl_sync(~0u, count, owner);
-#pragma unroll 1
-          for (int i = 0; i < parts; ++i) body(at++, owner, i);
-        }
-      };
-      for_parts([&](int at, int owner, int i) {
-        constexpr int kChunks = static_cast<int>(sizeof(Slice) / 16);
-        if (at >= most) return;
-        const uint8_t* from = reinterpret_cast<const uint8_t*>(part(owner, i));
-        uint8_t* to = reinterpret_cast<uint8_t*>(copies + at);
-        copy_chunk(to + 16 * lane_, from + 16 * lane_);
-        if (lane_ < kChunks - 32) copy_chunk(to + 16 * (32 + lane_), from + 16 * (32 + lane_));
-      });
-      wait_for_chunks();
-      __syncwarp();
-      for_parts([&](int at, int owner, int i) {
-        Slice* from = at < most ? copies + at : part(owner, i);
-        const Parts<S> parts(p_, base + owner);
-        const int code =
-            at < most ? codes[at] : __ldcg(&parts.ranks(parts.place(i, base + owner == left.first_cta)));
+      for (int i = fit; i < all; ++i) {
+        const int owner = __ffs(static_cast<int>(__ballot_sync(~0u, until > i))) - 1, index = i - first;
+        const uint64_t address = lane_ == owner ? reinterpret_cast<uint64_t>(part(index)) : 0;
+        const int its = lane_ == owner ? code(index) : 0;
+        Slice* from = reinterpret_cast<Slice*>(__shfl_sync(~0u, address, owner));
+        const int ranks = __shfl_sync(~0u, its, owner);
         State<1> state;
         load_state(state, from, lane_);
-        fold.take(state, from, code >> 8, static_cast<int8_t>(code & 255));
-      });
-      before += __shfl_sync(~0u, until, 31);
+        fold.take(state, from, ranks >> 8, static_cast<int8_t>(ranks & 255));
+      }
+      before += fit;
     }
     fold.leave([&](int, const State<1>& state, int, int) { store_state(state, merged(rank).slices + slice, lane_); });
+  }
+  // A lane's copies of whole slices, and the warp's wait for those of all lanes.
+  __device__ void begin_slices(int count) {
+#if __CUDA_ARCH__ >= 900
+    order_before_copies();
+    expect_bytes(&room_->parts_full[warp_], static_cast<uint32_t>(count * sizeof(Slice)));
+#endif
+  }
+  __device__ void copy_slice(Slice* to, const Slice* from) {
+#if __CUDA_ARCH__ >= 900
+    copy_stretch(to, from, sizeof(Slice), &room_->parts_full[warp_], lane_, once_);
+#else
+    for (uint32_t i = 0; i < sizeof(Slice); i += 16)
+      copy_chunk(reinterpret_cast<uint8_t*>(to) + i, reinterpret_cast<const uint8_t*>(from) + i);
+#endif
+  }
+  __device__ void wait_for_slices() {
+#if __CUDA_ARCH__ >= 900
+    wait(&room_->parts_full[warp_], parity_);
+    parity_ ^= 1;
+#else
+    wait_for_chunks();
+#endif
+    __syncwarp();
   }
 
   const AttendParameters& p_;
   const RoomOf<S> room_;
   Ending& end_;
   const int warp_, lane_;
+  uint32_t parity_ = 0;
+  ReadOnce once_;
 };
 
 }  // namespace kvarn::cuda

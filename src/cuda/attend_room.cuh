@@ -33,11 +33,14 @@ inline constexpr uint32_t kItemRaw = 1;
 inline constexpr uint32_t kItemFirst = 2, kItemLast = 4;  // of the steps that are chained in registers
 inline constexpr uint32_t kItemEdge = 8;                  // there is a token here that some row of the block does not see
 
-// A partial result of a list: of which segment, and between which ranks.
-struct alignas(8) Piece {
-  int32_t block;
-  int16_t head;
-  int8_t rank, next;
+// A partial result of a list: where the states of the team's warps are, and the ranks before and behind it.
+struct alignas(16) Piece {
+  uint8_t* at;
+  int16_t rank, next;
+};
+// How many a warp still has; from which on they are of its last segment, up to which of its first.
+struct Pieces {
+  int32_t count, last_segment, first_segment;
 };
 
 // What is left of what a warp has folded: where, and the rank before it.
@@ -48,8 +51,8 @@ struct alignas(16) Waiting {
 // A segment that lists of the CTA were left with: it reaches over the end of a list.
 struct Left {
   int32_t block, head, first, last;  // and the lists that have something of it
+  bool begins, ends;                 // in those lists
   Target target;
-  int32_t list, index;  // where the first of its states is: of which list, which of that
   // If it reaches over an end of the CTA: the steps that the CTA has of it, and that there are; the CTAs that share it.
   int32_t steps, all_steps, first_cta, last_cta;  // steps 0: the CTA has it to itself
   int32_t end;                                    // 0: begun by an earlier CTA, 1: only begun by this one
@@ -58,10 +61,11 @@ struct Left {
 
 struct Room {
   Barrier keys_full[kMaxSlots], keys_empty[kMaxSlots], values_full[kMaxSlots], values_empty[kMaxSlots];
+  Barrier parts_full[kWarps];
   Item items[kMaxSlots];                               // of the K slots
   QueryColumn columns[kComputingWarps][kWarpColumns];
   Piece pieces[kComputingWarps][kMaxStates];           // that a warp still has, in order; the same for all of a team
-  int32_t counts[kComputingWarps];                     // of those
+  Pieces counts[kComputingWarps];                      // of those
   Left left[kComputingWarps + 1];                      // in order
   int32_t left_count;
   // then: queries [warp][4][D] f32, states [warp][states], K slots [team][depth], V slots

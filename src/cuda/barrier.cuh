@@ -20,6 +20,13 @@ __device__ inline void publish_barriers() {
 #endif
 }
 
+// Between what threads wrote or read and copies of the copy engine that touch the same.
+__device__ inline void order_before_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
+
 // By every lane that calls: each releases what it wrote itself, and what it saw before a __syncwarp.
 __device__ inline void arrive(Barrier* barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
