@@ -16,7 +16,7 @@ bool fits(const kvarn_layout& layout, int limit, Division& d) {
   const int warps = d.teams * d.team_warps, state = static_cast<int>(state_bytes(layout.head_dim));
   if (d.teams * d.key_depth > kMaxSlots || d.states > kMaxStates) return false;
   d.queries_at = aligned(sizeof(Room));
-  d.states_at = d.queries_at + aligned(int64_t{4} * kWarpColumns * layout.head_dim * kComputingWarps);
+  d.states_at = d.queries_at + aligned(std::max(int64_t{4} * kWarpColumns * layout.head_dim * warps, int64_t{d.team_warps} * state));
   d.keys_at = d.states_at + aligned(int64_t{d.states} * warps * state);
   d.values_at = d.keys_at + d.teams * d.key_depth * keys;
   const int end = d.values_at + d.teams * d.value_depth * values;
@@ -47,9 +47,9 @@ cudaError_t divide(const kvarn_layout& layout, int32_t columns, Division& divisi
   // As many teams as there are warps for; room for what most lists are left with; then steps in flight, K parts first: while
   // the one is computed the next is there; then more room.
   int teams = kComputingWarps / team_warps;
-  while (teams > 0 && !use(teams, 2, 1, 1)) --teams;
+  while (teams > 0 && !use(teams, 1, 1, 1)) --teams;
   if (teams == 0) return cudaErrorInvalidConfiguration;
-  while (d.states < 5 && use(teams, d.states + 1, 1, 1)) {
+  while (d.states < 4 && use(teams, d.states + 1, 1, 1)) {
   }
   for (int depth = 1; depth < kPieceTiles; ++depth)
     if (!use(teams, d.states, depth + 1, depth) || !use(teams, d.states, depth + 1, depth + 1)) break;

@@ -15,7 +15,7 @@ __device__ inline void begin_room(const AttendParameters& p, Room& room, int thr
     init_barrier(&room.keys_full[thread], kCopyArrivals), init_barrier(&room.keys_empty[thread], lanes);
   if (thread < p.in.teams * p.in.value_depth)
     init_barrier(&room.values_full[thread], kCopyArrivals), init_barrier(&room.values_empty[thread], lanes);
-  if (thread < kWarps) init_barrier(&room.parts_full[thread], 32);
+  if (thread < kWarps) init_barrier(&room.parts_full[thread], kCopyArrivals);
   publish_barriers();
   __syncthreads();
 }

@@ -32,9 +32,9 @@ class Loader {
       Barrier *empty = (keys_ ? room_->keys_empty : room_->values_empty) + slot,
               *full = (keys_ ? room_->keys_full : room_->values_full) + slot;
       const bool ready = left_ > 0 && ended(empty, parity);
-      // Again, to wait as the sanitizer knows it; by the whole warp where all lanes copy, or did in the rounds before.
+      // Again, to wait as the sanitizer knows it; by the whole warp where all lanes copy, or did when the slot was last used.
       history_ = ready ? history_ << 1 | (raw_ ? 1 : 0) : history_;
-      const bool shared = ready && (history_ & 15) != 0;
+      const bool shared = ready && (history_ & ((2u << depth) - 1)) != 0;
       if (ready && !shared) wait(empty, parity);
 #pragma unroll 1
       for (unsigned owners = __ballot_sync(~0u, shared); owners != 0; owners &= owners - 1) {
@@ -61,7 +61,7 @@ class Loader {
   __device__ static bool is_of_keys(int lane) { return lane < kLists; }
 
   static constexpr int kN = S::raw_tokens_per_page;
-  static constexpr int kRawStep = raw_step(S::head_dim);
+  static constexpr int kRawStep = raw_step(S::layout);
   static constexpr int kRawPages = (kRawStep + kN - 2) / kN + 1;  // that a step's raw tokens may lie in
 
   __device__ void begin(const Cut& cut) {
@@ -131,7 +131,7 @@ class Loader {
                           (keys_ ? 0 : RoomOf<S>::key_part);
 #if __CUDA_ARCH__ >= 900
     if (wanted) {
-      expect_bytes(barrier, static_cast<uint32_t>(part));
+      expect_bytes(barrier, static_cast<uint32_t>(part), kCopyArrivals);
       copy_stretch(to, from, static_cast<uint32_t>(part), barrier, lane_, once_);
     }
 #else
@@ -141,7 +141,7 @@ class Loader {
       Barrier* its = of_lane(barrier, owner);
       copy_stretch(of_lane(to, owner), of_lane(from, owner), static_cast<uint32_t>(__shfl_sync(~0u, part, owner)), its,
                    lane_, once_);
-      finish_chunks(its, false);
+      finish_chunks(its);
     }
 #endif
   }
@@ -186,7 +186,7 @@ class Loader {
         copy_chunk(to + row * kRawRowBytes<S> + chunk, source + token * kRow + chunk);
       }
     }
-    finish_chunks(barrier, lane_ == owner);
+    finish_chunks(barrier);
   }
 
   const AttendParameters& p_;

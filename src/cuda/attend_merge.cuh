@@ -305,7 +305,7 @@ class Merge {
   __device__ void begin_slices(int count) {
 #if __CUDA_ARCH__ >= 900
     order_before_copies();
-    expect_bytes(&room_->parts_full[warp_], static_cast<uint32_t>(count * sizeof(Slice)));
+    expect_bytes(&room_->parts_full[warp_], static_cast<uint32_t>(count * sizeof(Slice)), 1);
 #endif
   }
   __device__ void copy_slice(Slice* to, const Slice* from) {

@@ -15,7 +15,6 @@ namespace kvarn::cuda {
 inline constexpr int kRankOwn = 40, kRankBegins = 64, kRankEnds = 100;  // an own tile, the segment, and what follows it
 
 __device__ inline int packed_steps(const BlockPlan& b) { return max(b.end_tile - b.first_tile, 0); }
-__device__ inline int raw_steps(int tokens, int head_dim) { return (tokens + raw_step(head_dim) - 1) / raw_step(head_dim); }
 
 // Rows of a block lie in one or two tiles; how many raw tokens of tile own_tile + which they see at most.
 __device__ inline int own_tokens(const BlockPlan& b, int page_tokens, int group, int which) {

@@ -17,8 +17,6 @@ struct alignas(16) QueryColumn {
   int32_t position, low;
 };
 
-// Rows in shared memory, 16 bytes apart beyond their length, so that 8 of them touch all banks.
-constexpr int raw_row_bytes(int head_dim) { return 2 * head_dim + 16; }
 template <class S>
 inline constexpr int kRawRowBytes = raw_row_bytes(S::head_dim);
 
@@ -35,7 +33,7 @@ __device__ inline float split(float x, bool rest) {
 }
 
 template <class S>
-inline constexpr int kRawTiles = raw_step(S::head_dim) / 16;
+inline constexpr int kRawTiles = raw_step(S::layout) / 16;
 
 // y[t][h]: log2 score of token 16 t + g + 8 h. `queries` f32 [4][D]; columns: see QueryColumn.
 template <class S>

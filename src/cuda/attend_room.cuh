@@ -89,7 +89,7 @@ __device__ inline Share share_of(const AttendParameters& p, int list, int lists)
 constexpr int key_part(const kvarn_layout& l) { return static_cast<int>(l.v_codes); }
 constexpr int value_part(const kvarn_layout& l) { return static_cast<int>(l.record_bytes - l.v_codes); }
 constexpr int slot_bytes(const kvarn_layout& l, int part) {
-  return (std::max(part, raw_step(l.head_dim) * raw_row_bytes(l.head_dim)) + 127) / 128 * 128;
+  return (std::max(part, raw_step(l) * raw_row_bytes(l.head_dim)) + 127) / 128 * 128;
 }
 
 // The parts of the room, by bytes from its start: the compiler must see that they stay in shared memory.

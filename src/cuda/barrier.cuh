@@ -57,37 +57,27 @@ __device__ inline void wait(Barrier* barrier, uint32_t parity) {
 #endif
 }
 
-#if __CUDA_ARCH__ >= 900
-inline constexpr uint32_t kCopyArrivals = 1;
-#else
-inline constexpr uint32_t kCopyArrivals = 32;
-#endif
+inline constexpr uint32_t kCopyArrivals = 32;  // of a warp's lanes, or of one that announces for all
 
-// Announces `bytes` that the copies of one lane will bring, by that lane, before them.
-__device__ inline void expect_bytes(Barrier* barrier, uint32_t bytes) {
+// Announces `bytes` that the copies of one lane will bring, by that lane, before them; for so many arrivals.
+__device__ inline void expect_bytes(Barrier* barrier, uint32_t bytes, uint32_t arrivals) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0], %1; }" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
 #endif
 }
 
-// 16 bytes, carried by the lane; to wait for all of its own, or, by all lanes, to have a barrier complete with them.
+// 16 bytes, carried by the lane; to wait for all of its own, or to have each lane arrive at a barrier when its own are there.
 __device__ inline void copy_chunk(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from))
                : "memory");
 }
 __device__ inline void wait_for_chunks() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-__device__ inline void finish_chunks(Barrier* barrier, bool announces) {
-#if __CUDA_ARCH__ >= 900
-  // Every lane's copies add an arrival and take it away; the barrier itself counts one.
-  asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-  __syncwarp();
-  if (announces) arrive(barrier);
-#else
+__device__ inline void finish_chunks(Barrier* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-#endif
 }
 
 // How the caches treat what is read once: it leaves the second level first, which keeps what is read again (code, plan,

@@ -46,7 +46,8 @@ __device__ int32_t last_at_most(int32_t count, Value value, Key key) {
 // What the host could not check is checked here: a request that makes no sense takes no part.
 __device__ RequestPlan request_of(const Inputs& in, int32_t r) {
   const int32_t length = in.batch.seq_lens[r], first = in.batch.query_starts[r], end = in.batch.query_starts[r + 1];
-  const bool valid = length > 0 && length <= in.max_seq_len && first >= 0 && end > first && end <= in.tokens &&
+  const bool ordered = r == 0 || in.batch.query_starts[r - 1] <= first;  // else its rows may be another's
+  const bool valid = ordered && length > 0 && length <= in.max_seq_len && first >= 0 && end > first && end <= in.tokens &&
                      end - first <= length && format::pages_of(in.layout, length) <= in.batch.table_width &&
                      (in.slots == nullptr || in.slots[first] >= 0);
   return valid ? RequestPlan{length, end - first, first, 0, 0, 0} : RequestPlan{};
@@ -66,9 +67,11 @@ __device__ int32_t tiles_of(const Inputs& in, const RequestPlan& r) {
                         : (r.length - 1) / in.layout.page_tokens - (r.length - r.queries) / in.layout.page_tokens + 1;
 }
 
-__device__ int32_t weight_of(const BlockPlan& b) {
-  return packed_steps(b) + kRawWeight * (b.steps - packed_steps(b));
+__device__ int32_t weight_before(const BlockPlan& b, int32_t step) {
+  const int32_t packed = packed_steps(b);
+  return kPackedWeight * min(step, packed) + kRawWeight * max(step - packed, 0);
 }
+__device__ int32_t weight_of(const BlockPlan& b) { return weight_before(b, b.steps); }
 
 __device__ BlockPlan block_of(const Inputs& in, const RequestPlan& r, int32_t request, int32_t index,
                               const TilePlan* tiles) {
@@ -87,7 +90,7 @@ __device__ BlockPlan block_of(const Inputs& in, const RequestPlan& r, int32_t re
   b.first_tile = in.window > 0 ? max(0, first - in.window + 1) / page_tokens : 0;
   b.steps = packed_steps(b);
   for (int i = 0; i < b.own_tiles; ++i) {
-    const int steps = raw_steps(own_tokens(b, page_tokens, in.group, i), in.layout.head_dim);
+    const int32_t raw = raw_step(in.layout), steps = (own_tokens(b, page_tokens, in.group, i) + raw - 1) / raw;
     b.steps += steps;
     if (i == 0) b.own_steps = steps;
     b.raw[i] = tiles[r.first_tile + b.own_tile + i - b.start / page_tokens].raw;
@@ -111,12 +114,14 @@ __device__ Cut cut_at(const Inputs& in, const BlockPlan* blocks, int32_t index, 
 
 // The step of a segment's `weight`.
 __device__ int32_t step_at(const BlockPlan& b, int32_t weight) {
-  const int32_t packed = packed_steps(b);
-  return weight <= packed ? weight : packed + (weight - packed + kRawWeight / 2) / kRawWeight;
+  const int32_t packed = packed_steps(b), raw = weight - kPackedWeight * packed;
+  return raw <= 0 ? (weight + kPackedWeight / 2) / kPackedWeight : packed + (raw + kRawWeight / 2) / kRawWeight;
 }
-// Where a share of `weight` ends.
-__device__ Cut cut_at_weight(const Inputs& in, const BlockPlan* blocks, int32_t count, int64_t weight, int32_t reach) {
-  const int32_t index = last_at_most(count, weight, [&](int32_t i) { return blocks[i].weight_before; });
+// Where a share of `weight` ends, in blocks first .. end-1.
+__device__ Cut cut_at_weight(const Inputs& in, const BlockPlan* blocks, int32_t first, int32_t end, int64_t weight,
+                             int32_t reach) {
+  const int32_t index =
+      first + last_at_most(end - first, weight, [&](int32_t i) { return blocks[first + i].weight_before; });
   const auto inside = static_cast<int32_t>(weight - blocks[index].weight_before);
   const int32_t size = weight_of(blocks[index]);
   return cut_at(in, blocks, index, inside / size, step_at(blocks[index], inside % size), reach);
@@ -139,12 +144,12 @@ __device__ Cut cut_of_cta(const Inputs& in, const BlockPlan* blocks, int32_t cou
   if (count == 0) return {count, 0, 0, all.steps};
   const int32_t segments = count * in.layout.kv_heads, packed = packed_steps(blocks[0]);
   const bool alike = even && packed > 0;
-  const int64_t weight = alike ? int64_t{segments} * packed : all.weight;
-  const int32_t shares = shares_of(in, weight, segments, alike);
+  const int64_t weight = alike ? int64_t{segments} * packed : all.weight, unit = alike ? 1 : kPackedWeight;
+  const int32_t shares = shares_of(in, weight / unit, segments, alike);
   if (cta >= shares) return {count, 0, 0, all.steps};
-  const int64_t at = weight * cta / shares, share = weight / shares;
+  const int64_t at = weight * cta / shares, share = weight / unit / shares;
   const int32_t reach = cta == 0 ? 0 : static_cast<int32_t>(min(max(share / 16, int64_t{1}), int64_t{2 * kPieceTiles}));
-  if (!alike) return cut_at_weight(in, blocks, count, at, reach);
+  if (!alike) return cut_at_weight(in, blocks, 0, count, at, reach);
   const auto segment = static_cast<int32_t>(at / packed);
   return cut_at(in, blocks, segment / in.layout.kv_heads, segment % in.layout.kv_heads, static_cast<int32_t>(at % packed),
                 reach);
@@ -152,16 +157,15 @@ __device__ Cut cut_of_cta(const Inputs& in, const BlockPlan* blocks, int32_t cou
 // In a CTA, lists have shares of one weight.
 __device__ Cut cut_of_list(const Inputs& in, const BlockPlan* blocks, int32_t count, const Cut& begin, const Cut& end,
                            const Costs& all, int32_t list) {
-  const auto weight_before = [&](const Cut& cut) {
+  const auto weight_at = [&](const Cut& cut) {
     if (cut.block == count) return all.weight;
     const BlockPlan& b = blocks[cut.block];
-    const int32_t packed = packed_steps(b);
-    return b.weight_before + cut.head * weight_of(b) + (cut.step <= packed ? cut.step : packed + kRawWeight * (cut.step - packed));
+    return b.weight_before + cut.head * weight_of(b) + weight_before(b, cut.step);
   };
   if (begin.number == end.number) return end;
-  const int64_t first = weight_before(begin), weight = weight_before(end) - first;
-  const Cut cut = cut_at_weight(in, blocks, count, first + weight * list / in.teams,
-                                static_cast<int32_t>(weight / in.teams / 16));
+  const int64_t first = weight_at(begin), weight = weight_at(end) - first;
+  const Cut cut = cut_at_weight(in, blocks, begin.block, min(end.block + 1, count), first + weight * list / in.teams,
+                                static_cast<int32_t>(weight / kPackedWeight / in.teams / 16));
   return cut.number < end.number ? cut : end;
 }
 
@@ -242,11 +246,12 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(Inputs in, Plan plan)
     for (int32_t cta = thread; cta <= in.ctas; cta += kThreads)
       plan.cuts[cta * in.teams] = cut_of_cta(in, plan.blocks, total.blocks, cost, even, cta);
     __syncthreads();
-    for (int32_t i = thread; i < in.ctas * in.teams; i += kThreads) {
-      const int32_t first = i / in.teams * in.teams, list = i - first;
-      if (list > 0)
-        plan.cuts[i] =
-            cut_of_list(in, plan.blocks, total.blocks, plan.cuts[first], plan.cuts[first + in.teams], cost, list);
+    // A CTA's first list begins with it; 7 others of 132 CTAs are a round of these threads, 8 were two.
+    const int32_t others = in.teams - 1;
+    for (int32_t i = thread; i < in.ctas * others; i += kThreads) {
+      const int32_t first = i / others * in.teams, list = 1 + i % others;
+      plan.cuts[first + list] =
+          cut_of_list(in, plan.blocks, total.blocks, plan.cuts[first], plan.cuts[first + in.teams], cost, list);
     }
   }
   if (thread == 0) *plan.header = {total.tiles, total.raw, total.blocks, packs};

@@ -37,7 +37,7 @@ struct alignas(64) BlockPlan {
   int32_t first_tile, end_tile;   // packed tiles first .. end-1 are read, a step each
   int32_t own_tile, own_tiles;    // raw: the tile of the first row, and 2 if the rows lie in two
   int32_t raw[2];                 // where those are: slots of the workspace, or -1 for the pages
-  int32_t own_steps;              // of the first own tile, raw_step(head_dim) tokens each
+  int32_t own_steps;              // of the first own tile, raw_step() tokens each
   int32_t steps, steps_before;    // of one KV head; of the blocks before, all KV heads
   int64_t weight_before;          // of the blocks before, all KV heads
 };
@@ -57,8 +57,11 @@ struct PlanHeader {
 
 // What the order of additions is made of (attend_order.cuh).
 inline constexpr int kPieceTiles = 4;  // packed tiles that are chained, at absolute tile numbers
-constexpr int raw_step(int head_dim) { return head_dim > 128 ? 16 : 32; }  // raw tokens in place of a tile
-inline constexpr int kRawWeight = 1;                                       // of a raw step, where a packed one has 1
+// Rows of raw tokens in shared memory: 16 bytes apart beyond their length, so that 8 of them touch all banks.
+constexpr int raw_row_bytes(int head_dim) { return 2 * head_dim + 16; }
+// Raw tokens in place of a tile: 32 if their K fits where a tile's does.
+constexpr int raw_step(const kvarn_layout& l) { return 32 * raw_row_bytes(l.head_dim) <= l.v_codes ? 32 : 16; }
+inline constexpr int kPackedWeight = 2, kRawWeight = 3;  // of a step, as its time
 inline constexpr int kMinBlockColumns = 4, kMaxBlockColumns = 16;
 inline constexpr int kWarpColumns = 4, kComputingWarps = 8;  // of a warp; of a CTA of attention
 

@@ -24,8 +24,9 @@ tools=("$@")
 ((${#tools[@]})) || tools=(memcheck racecheck initcheck synccheck)
 
 check() {
-  local log=$build/$2.$1.log more=()
-  [[ $2 != memcheck ]] || more=(--leak-check full)
+  # attend has 140 barriers; synccheck counts fewer by itself and then loses some.
+  local log=$build/$2.$1.log more=(--num-cuda-barriers 256)
+  [[ $2 != memcheck ]] || more+=(--leak-check full)
   if timeout "${KVARN_SECONDS:-100}" compute-sanitizer --tool "$2" --error-exitcode 9 --print-limit 5 "${more[@]}" \
       "$program" "$1" > "$log" 2>&1; then
     echo "ok     $2 $1"

@@ -51,6 +51,16 @@ def test_rows_over_a_tiles_edge(page_tokens):
         check(World(kvarn.Layout(preset, MAIN[1], 1), lengths, [rows] * len(lengths), 8, seed=rows))
 
 
+@pytest.mark.parametrize("first_tile", range(8))
+def test_windows_that_begin_anywhere_in_a_piece(first_tile):
+    """Tiles are chained in pieces of 4 at absolute numbers: one request alone, so that lists are cut inside pieces too."""
+    layout = kvarn.Layout(*MAIN, 1)
+    for length in (1500, 2900):
+        tokens = length - first_tile * layout.page_tokens
+        for window in (tokens, tokens - 1, tokens - layout.page_tokens + 1):
+            check(World(layout, [length], [1], 4, seed=length), Options(window=window))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("std", [0.1, 1, 5, 20])
 @pytest.mark.parametrize("growing", [False, True])
