@@ -53,7 +53,7 @@ def test_rows_over_a_tiles_edge(page_tokens):
 
 @pytest.mark.parametrize("first_tile", range(8))
 def test_windows_that_begin_anywhere_in_a_piece(first_tile):
-    """Tiles are chained in pieces of 4 at absolute numbers: one request alone, so that lists are cut inside pieces too."""
+    """Tiles are chained in pieces of 4 at absolute numbers; one request alone: lists are cut inside pieces too."""
     layout = kvarn.Layout(*MAIN, 1)
     for length in (1500, 2900):
         tokens = length - first_tile * layout.page_tokens
