@@ -95,12 +95,14 @@ kvarn_status kvarn_cuda_rotate(int32_t head_dim, const kvarn_rows* in, const kva
 /* Prefill on a 16-bit attention kernel (docs/kernels.md): every query tile, the rows of one request in one tile,
  * becomes a sequence of its own, whose keys are the expanded tiles before it and last its own tile raw. */
 typedef struct kvarn_cuda_prefill {
-  int32_t first_request; /* requests first_request .. requests-1 take part */
+  int32_t first_request; /* requests first_request .. end_request-1 take part */
+  int32_t end_request;
   int32_t table_width;   /* entries per row of block_table */
   int32_t sequences;     /* rows of block_table: at least tokens / G + 2 * requests */
   int32_t* block_table;  /* out, [sequences][table_width]: pages of k and v below */
   int32_t* seq_lens;     /* out, [sequences]; 0 beyond the last */
-  int32_t* query_starts; /* out, [sequences + 1], rows of q counted from 0 of the step; the last value repeats */
+  int32_t* query_starts; /* out, [sequences + 1], rows of q counted from 0 of the step; the last value repeats: where
+                            end_request's rows begin */
   int32_t pages;         /* pages of k and v; tiles beyond are left out and `overflow` is set */
   int32_t* overflow;     /* out, [1]: pages that were missing, 0 if all went well */
 } kvarn_cuda_prefill;

@@ -139,8 +139,8 @@ void rotate(int32_t head_dim, const Rows& x, const Rows& result, const Queue& qu
   check(kvarn_cuda_rotate(head_dim, &rows, &out_rows, stream_of(queue)));
 }
 
-// tables: first request, table width, sequences, block table, seq_lens, query_starts, pages, overflow
-using Tables = std::tuple<int32_t, int32_t, int32_t, Address, Address, Address, int32_t, Address>;
+// tables: first and end request, table width, sequences, block table, seq_lens, query_starts, pages, overflow
+using Tables = std::tuple<int32_t, int32_t, int32_t, int32_t, Address, Address, Address, int32_t, Address>;
 void prefill_pages(const kvarn_layout& layout, const Pages& pages, const Step& step, const Tables& tables,
                    const Rows& k, const Rows& v, const Workspace& workspace, const Queue& queue) {
   const kvarn_pages pool = pages_of(pages);
@@ -148,11 +148,12 @@ void prefill_pages(const kvarn_layout& layout, const Pages& pages, const Step& s
   const kvarn_cuda_prefill prefill{std::get<0>(tables),
                                    std::get<1>(tables),
                                    std::get<2>(tables),
-                                   pointer<int32_t>(std::get<3>(tables)),
+                                   std::get<3>(tables),
                                    pointer<int32_t>(std::get<4>(tables)),
                                    pointer<int32_t>(std::get<5>(tables)),
-                                   std::get<6>(tables),
-                                   pointer<int32_t>(std::get<7>(tables))};
+                                   pointer<int32_t>(std::get<6>(tables)),
+                                   std::get<7>(tables),
+                                   pointer<int32_t>(std::get<8>(tables))};
   const kvarn_rows_out k_rows = out(k), v_rows = out(v);
   const kvarn_cuda_workspace space = workspace_of(workspace);
   check(kvarn_cuda_prefill_pages(&layout, &pool, &this_step, &prefill, &k_rows, &v_rows, &space, stream_of(queue)));

@@ -62,9 +62,9 @@ def rotate(x, out) -> None:
 
 
 def prefill_pages(core, workspace, limits, step, pages, tables, k, v) -> None:
-    """tables: (first request, block_table, seq_lens, query_starts, pages, overflow)."""
+    """tables: (first request, end request, block_table, seq_lens, query_starts, pages, overflow)."""
     device = workspace.device
-    first, block_table, seq_lens, query_starts, count, overflow = tables
+    first, end, block_table, seq_lens, query_starts, count, overflow = tables
     if not want("block_table", block_table, torch.int32, 2, device).is_contiguous():
         raise ValueError("block_table must be contiguous")
     sequences, width = block_table.shape
@@ -72,7 +72,7 @@ def prefill_pages(core, workspace, limits, step, pages, tables, k, v) -> None:
     starts = vector("query_starts", query_starts, torch.int32, sequences + 1, device)
     missing = want("overflow", overflow, torch.int32, None, device).data_ptr()
     k_rows, v_rows = rows("k", k, core.head_dim, device), rows("v", v, core.head_dim, device)
-    plain = (first, width, sequences, block_table.data_ptr(), lengths, starts, count, missing)
+    plain = (first, end, width, sequences, block_table.data_ptr(), lengths, starts, count, missing)
     memory = pool(core, pages, device), step
     with on(device):
         _core.cuda_prefill_pages(core, *memory, plain, k_rows, v_rows, space(workspace, limits), queue(device))

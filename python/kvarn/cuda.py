@@ -196,18 +196,19 @@ def expand(layout, pages, block_table, seq_lens, dtype, out):
     return k, v
 
 
-def rotate(x):
-    """kvarn.rotate on a CUDA tensor."""
+def rotate(x, out=None):
+    """kvarn.rotate on a CUDA tensor; out: None or where to write, which may be x."""
     if torch.compiler.is_compiling():
         return torch.ops.kvarn.rotate(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     three = (-1, 1, x.shape[-1]) if x.shape[-1] else (0, 1, 0)
     _launch.rotate(x.reshape(three), out.view(three))
     return out
 
 
 def prefill_pages(
-    plan: Plan, pages, block_table, seq_lens, query_starts, k, v, overflow, first_request: int = 0
+    plan: Plan, pages, block_table, seq_lens, query_starts, k, v, overflow, requests: range | None = None
 ) -> None:
     """Prefill on a 16-bit attention kernel: every query tile of the step becomes a sequence of its own.
 
@@ -216,10 +217,12 @@ def prefill_pages(
     seq_lens      int32 [sequences]; query_starts int32 [sequences + 1]: rows of q, the last value repeats
     k, v          float16 or bfloat16 [count * page_tokens, kv_heads, head_dim], in the rotated basis
     overflow      int32 [1]: pages that k and v lacked
+    requests      those that take part; None: all of the step
     """
     core = _core_of(plan.layout)
     count = k.shape[0] // core.page_tokens
-    tables = (first_request, block_table, seq_lens, query_starts, count, overflow)
+    first, end = (0, plan.seq_lens.shape[0]) if requests is None else (requests.start, requests.stop)
+    tables = (first, end, block_table, seq_lens, query_starts, count, overflow)
     space = plan.workspace
     _launch.prefill_pages(core, space.tensor, space.limits, plan.step(), pages, tables, k, v)
 

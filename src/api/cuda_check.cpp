@@ -193,9 +193,10 @@ kvarn_status check_prefill_pages(const kvarn_layout* layout, const kvarn_pages* 
   if (!aligned(prefill->block_table, 4) || !aligned(prefill->seq_lens, 4) || !aligned(prefill->query_starts, 4) ||
       !aligned(prefill->overflow, 4))
     return fail(KVARN_MISALIGNED, "the outputs of prefill must be aligned to their int32 elements");
-  if (prefill->first_request < 0 || prefill->first_request > step->batch.requests)
-    return fail(KVARN_BAD_ARGUMENT, "prefill.first_request is %d; the step has %d requests", prefill->first_request,
-                step->batch.requests);
+  if (prefill->first_request < 0 || prefill->end_request < prefill->first_request ||
+      prefill->end_request > step->batch.requests)
+    return fail(KVARN_BAD_ARGUMENT, "prefill has first_request %d and end_request %d; the step has %d requests",
+                prefill->first_request, prefill->end_request, step->batch.requests);
   const int64_t sequences = most_tiles(*layout, step->tokens, step->batch.requests);
   if (prefill->table_width < 1 || prefill->pages < 0 || prefill->sequences < sequences)
     return fail(KVARN_BAD_SHAPE,

@@ -44,7 +44,7 @@ __device__ void write_tables(const PrefillArguments& in, const Lookups& pages, c
   const int64_t total = min(sequences.total(), int64_t{out.sequences});
   int hint = 0;
   for (int64_t e = blockIdx.x; e <= out.sequences; e += gridDim.x) {
-    int32_t length = 0, row = min(max(in.batch.query_starts[in.batch.requests], 0), in.tokens);
+    int32_t length = 0, row = min(max(in.batch.query_starts[out.end_request], 0), in.tokens);
     if (e < total) {
       const Place place = sequences.find(e, hint, sequences_of);
       const Prompt prompt(in, place.request);
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(ExpandGrid<Shape>::threads, ExpandGrid<Shape>:
   wait_for_previous();
   let_next_start();
   const auto pages_of = [&](int32_t r) { return Prompt(in, r).pages(); };
-  pages.build(in.prefill.first_request, in.batch.requests, pages_of);
-  sequences.build(in.prefill.first_request, in.batch.requests, [&](int32_t r) { return Prompt(in, r).sequences; });
+  pages.build(in.prefill.first_request, in.prefill.end_request, pages_of);
+  sequences.build(in.prefill.first_request, in.prefill.end_request, [&](int32_t r) { return Prompt(in, r).sequences; });
   write_tables<Shape>(in, pages, sequences);
 
   const int64_t count = min(pages.total(), int64_t{in.prefill.pages});

@@ -29,7 +29,7 @@ struct CudaHostile : testing::Test {
   kvarn_rows_out out = rows_out(memory, KVARN_BFLOAT16, 16, 8, 128);
   kvarn_rows_out k_out = rows_out(memory, KVARN_FLOAT16, 256, 2, 128), v_out = k_out;
   kvarn_cuda_attention attention{0.1f, 0, 0, nullptr};
-  kvarn_cuda_prefill prefill{0, 4, 9, at<int32_t>(0), at<int32_t>(0), at<int32_t>(0), 2, at<int32_t>(0)};
+  kvarn_cuda_prefill prefill{0, 4, 4, 9, at<int32_t>(0), at<int32_t>(0), at<int32_t>(0), 2, at<int32_t>(0)};
   int32_t query_heads = 8, window = 0;
   kvarn_encoder encoder = KVARN_WEIGHTED;
   int64_t* replaced = nullptr;
@@ -238,7 +238,11 @@ TEST_F(CudaHostile, PrefillsArguments) {
   prefill.sequences = 8;
   prefill.first_request = 5;
   refused(prefill_pages(), KVARN_BAD_ARGUMENT, "first_request");
-  prefill.first_request = 4;
+  prefill.first_request = 4, prefill.end_request = 5;
+  refused(prefill_pages(), KVARN_BAD_ARGUMENT, "end_request");
+  prefill.end_request = 3;
+  refused(prefill_pages(), KVARN_BAD_ARGUMENT, "end_request");
+  prefill.end_request = 4;
   prefill.pages = 3;
   refused(prefill_pages(), KVARN_BAD_SHAPE, "[384, 2, 128]");
   prefill.pages = 2;

@@ -392,8 +392,8 @@ void check_prefill(Pool& pool, const std::vector<int32_t>& queries, const std::v
   const auto out_rows = [&](const Device<uint16_t>& x) {
     return kvarn_rows_out{x.data, dtype, int64_t{room} * g, heads, int64_t{heads} * d, d};
   };
-  const kvarn_cuda_prefill prefill{first_request,    width,           rows, out_table.data,
-                                   out_lengths.data, out_starts.data, room, out_overflow.data};
+  const kvarn_cuda_prefill prefill{first_request,    requests,        width, rows, out_table.data,
+                                   out_lengths.data, out_starts.data, room,  out_overflow.data};
   CHECK_CUDA(cuda::prefill_pages(launch, prefill, out_rows(k), out_rows(v)));
   CHECK_CUDA(cudaDeviceSynchronize());
 
@@ -551,6 +551,7 @@ void time_one(const Timed& t, double copy) {
     const Device<int32_t> out_table(static_cast<size_t>(sequences) * static_cast<size_t>(width)),
         out_lens(static_cast<size_t>(sequences)), out_starts(static_cast<size_t>(sequences) + 1), overflow(1);
     const kvarn_cuda_prefill prefill{0,
+                                     t.requests,
                                      width,
                                      sequences,
                                      out_table.data,

@@ -139,7 +139,8 @@ struct Life {
     const OnDevice<uint16_t> k(
         std::vector<uint16_t>(static_cast<size_t>(count * layout.page_tokens * kHeads * head_dim))),
         v(k.read());
-    const kvarn_cuda_prefill where{1, width, sequences, tables.get(), after.get(), first.get(), count, overflow.get()};
+    const kvarn_cuda_prefill where{1,           now.batch.requests, width, sequences,     tables.get(),
+                                   after.get(), first.get(),        count, overflow.get()};
     const kvarn_rows_out k_out = rows_out(k.get(), KVARN_BFLOAT16, count * layout.page_tokens, kHeads, head_dim),
                          v_out = rows_out(v.get(), KVARN_BFLOAT16, count * layout.page_tokens, kHeads, head_dim);
     require(kvarn_cuda_prefill_pages(&layout, &pool, &now, &where, &k_out, &v_out, &workspace, nullptr) == KVARN_OK,

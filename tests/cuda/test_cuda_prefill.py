@@ -10,8 +10,9 @@ from kvarn import cuda
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("room", ["enough", "too little"])
+@pytest.mark.parametrize("last", [7, 5])
 @pytest.mark.parametrize(("preset", "head_dim"), FEW_SHAPES)
-def test_sequences_attend_to_the_cache(preset, head_dim, room, dtype):
+def test_sequences_attend_to_the_cache(preset, head_dim, room, last, dtype):
     layout = kvarn.Layout(preset, head_dim, 2)
     G, first = layout.page_tokens, 2
     world = World(layout, [300, 90, 700, 129, 256, 40, 1000], [1, 1, 650, 1, 200, 40, 5], 2)
@@ -22,13 +23,13 @@ def test_sequences_attend_to_the_cache(preset, head_dim, room, dtype):
     pages = world.before.clone()
     kvarn.append(layout, pages, *step, k, v, plan=plan)
     sequences, width = tokens // G + 14, 1000 // G + 2
-    tiles = [(world.starts[r] // G, (world.lengths[r] - 1) // G) for r in order[first:]]
-    needed = sum(last + last - own + 1 for own, last in tiles)  # packed ones, which query tiles share, and raw ones
+    tiles = [(world.starts[r] // G, (world.lengths[r] - 1) // G) for r in order[first:last]]
+    needed = sum(end + end - own + 1 for own, end in tiles)  # packed ones, which query tiles share, and raw ones
     count = needed if room == "enough" else needed - 3
     table, lengths = (torch.full(s, -9, dtype=torch.int32, device=DEVICE) for s in ((sequences, width), (sequences,)))
     starts, overflow = torch.full((sequences + 1,), -9, dtype=torch.int32, device=DEVICE), ints([-9])
     k_pages, v_pages = (torch.full((count * G, 2, head_dim), float("nan"), dtype=dtype, device=DEVICE) for _ in "kv")
-    cuda.prefill_pages(plan, pages, table, lengths, starts, k_pages, v_pages, overflow, first)
+    cuda.prefill_pages(plan, pages, table, lengths, starts, k_pages, v_pages, overflow, range(first, last))
     if room == "too little":
         assert int(overflow) == 3
         return
@@ -49,6 +50,6 @@ def test_sequences_attend_to_the_cache(preset, head_dim, room, dtype):
             x.view(count, G, 2, head_dim)[places].flatten(0, 1)[:length].double() for x in (k_pages, v_pages)
         )
         ours[begin:end] = attention(q[begin:end], keys, values, length - (end - begin), scale, Options())
-    rows = slice(sum(world.news[:first]), tokens)
-    assert used == tokens - rows.start
+    rows = slice(sum(world.news[:first]), sum(world.news[:last]))
+    assert used == rows.stop - rows.start
     assert relative_error(ours[rows], exact[rows]) < (1e-3 if dtype == torch.float16 else 8e-3)
