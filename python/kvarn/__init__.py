@@ -21,7 +21,7 @@ cuda_missing() why not.
 
 from __future__ import annotations
 
-from kvarn._core import FORMAT_VERSION, __version__, cuda_missing, presets, target, targets
+from kvarn._core import FORMAT_VERSION, __version__, cuda_missing, cuda_shapes, presets, target, targets
 from kvarn.layout import Layout
 from kvarn.verbs import append, attend, expand, rotate, workspace_bytes
 
@@ -35,6 +35,7 @@ __all__ = [
     "attend",
     "cuda_available",
     "cuda_missing",
+    "cuda_shapes",
     "expand",
     "plan",
     "presets",

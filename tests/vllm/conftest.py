@@ -2,6 +2,7 @@
 """Models and prompts shared by the tests that run vLLM."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,9 @@ LAYERS = 6
 
 @pytest.fixture(scope="session")
 def model() -> Path:
-    """SmolLM2-135M-Instruct."""
+    """SmolLM2-135M-Instruct. KVARN_TEST_MODEL: a folder that has it, or its first layers, where there is no network."""
+    if folder := os.environ.get("KVARN_TEST_MODEL"):
+        return Path(folder)
     from kvarn.demo.model import smollm2
 
     return smollm2()

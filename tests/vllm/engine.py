@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vLLM engine inside the test process, so that a test may reach into it; and what a run of prompts gave."""
+"""A vLLM engine inside the test process, so that a test may reach into it; and what a run of prompts gave.
+
+The same tests run on a CPU and on a GPU. On a GPU kvarn's own attention computes prompts, unless a test says otherwise,
+and KVARN_TEST_RUNNER=2 chooses vLLM's model runner 2: their log-probabilities differ in the last bits, so that one
+session has one of them.
+"""
 
 import gc
 import logging
+import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 from vllm.triton_utils import dispatcher
 
 PRESET = "kvarn_k4v2_g128"
+ON_GPU = current_platform.is_cuda()
+RUNNER = os.environ.get("KVARN_TEST_RUNNER", "1")
+# A decode step, or the verification of drafts, in one CUDA graph.
+GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 COUNTERS = {
     "hits": "vllm:prefix_cache_hits",
     "preemptions": "vllm:num_preemptions",
@@ -45,13 +56,19 @@ class Engine:
             "enable_prefix_caching": False,
             "num_gpu_blocks_override": 400,
             "kv_cache_memory_bytes": 1 << 30,
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
         }
-        self._options = defaults | options | {"model": str(model), "enforce_eager": True, "disable_log_stats": False}
+        self._options = defaults | options | {"model": str(model), "disable_log_stats": False}
 
     def __enter__(self) -> "Engine":
         logging.getLogger("vllm").setLevel(logging.ERROR)
         self._patch, self._threads = pytest.MonkeyPatch(), torch.get_num_threads()
         self._patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if ON_GPU:
+            self._patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(RUNNER == "2")))
+            if "KVARN_PROMPTS" not in os.environ:
+                self._patch.setenv("KVARN_PROMPTS", "exact")
         self._patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it
         torch.set_num_threads(1)
         if dispatcher._registry:
@@ -76,7 +93,7 @@ class Engine:
 
     def run(self, prompts: list[list[int]], tokens: int = 70, **sampling) -> list[Answer]:
         """Completions of token-id prompts, in order; greedy unless `sampling` says otherwise, never ended early."""
-        greedy = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0}
+        greedy = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False}
         params = SamplingParams(**(greedy | sampling))
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         return [Answer.of(completion) for output in outputs for completion in output.outputs]
@@ -86,7 +103,8 @@ class Engine:
         engine = self.llm.llm_engine
         names = [f"abandoned-{i}" for i in range(len(prompts))]
         for name, prompt in zip(names, prompts, strict=True):
-            engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(max_tokens=500, ignore_eos=True))
+            params = SamplingParams(max_tokens=500, ignore_eos=True, detokenize=False)
+            engine.add_request(name, {"prompt_token_ids": prompt}, params)
         for _ in range(steps):
             engine.step()
         engine.abort_request(names)
@@ -97,6 +115,20 @@ class Engine:
         """What vLLM counted since the engine started: COUNTERS."""
         values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
         return {short: int(values.get(name, 0)) for short, name in COUNTERS.items()}
+
+
+def ngram(drafts: int) -> dict:
+    """Options that have vLLM look up drafts in what was said before."""
+    if ON_GPU and RUNNER == "2":
+        pytest.skip("vLLM looks up n-grams with model runner 1 only")
+    return {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": drafts,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        }
+    }
 
 
 def first_difference(ours: list[Answer], theirs: list[Answer]) -> str | None:

@@ -8,7 +8,7 @@ import kvarn
 import pytest
 import torch
 from engine import PRESET
-from kvarn.vllm import backend, refuse, spec
+from kvarn.vllm import backend, cpu, refuse, spec
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 CONFIG = SimpleNamespace(
@@ -109,7 +109,7 @@ def batch(seq_lens, queries, slots) -> SimpleNamespace:
 
 
 def test_dummy_requests_take_no_part():
-    builder = object.__new__(backend.KvarnBuilder)
+    builder = object.__new__(cpu.Builder)
     builder.workspace_bytes = 64
     # A real request, a dummy one with a stale length, a real one, padding without tokens.
     made = builder.build(0, batch([5, 7, 300, 0], [2, 2, 1, 0], [3, 4, -1, -1, 299]))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Planted faults: the identity test has teeth. Each breaks one rule of the page scheme and must be noticed."""
 
+from types import SimpleNamespace
+
 import kvarn
 import pytest
 from engine import Engine, first_difference
@@ -27,7 +29,11 @@ def test_no_staging(small_model, prompts, base, monkeypatch, tiles):
     append = kvarn.append
 
     def append_without_staging(layout, pages, block_table, seq_lens, query_starts, *args, **kwargs):
-        for row, length, queries in zip(block_table, seq_lens.tolist(), query_starts.diff().tolist(), strict=True):
+        step = kwargs.get("plan") or SimpleNamespace(
+            block_table=block_table, seq_lens=seq_lens, query_starts=query_starts
+        )
+        lengths, counts = step.seq_lens.tolist(), step.query_starts.diff().tolist()
+        for row, length, queries in zip(step.block_table, lengths, counts, strict=True):
             tile, offset = divmod(length - queries, layout.page_tokens)
             past = length - (tile + 1) * layout.page_tokens
             if offset and past > layout.raw_tokens_per_page and (tiles is None or past <= tiles * layout.page_tokens):

@@ -6,24 +6,13 @@ counters of each run show that what the test is about did happen.
 """
 
 import pytest
-from engine import Engine, first_difference
+from engine import Engine, first_difference, ngram
 
 pytestmark = pytest.mark.usefixtures("row_by_row")
 
 # 19 usable pages, where eight requests would like 60.
 TIGHT = {"num_gpu_blocks_override": 20}
 CACHE = {"enable_prefix_caching": True}
-
-
-def ngram(drafts: int) -> dict:
-    return {
-        "speculative_config": {
-            "method": "ngram",
-            "num_speculative_tokens": drafts,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        }
-    }
 
 
 def test_one_request_at_a_time(small_model, prompts, base):

@@ -42,7 +42,6 @@ def config(**changes) -> SimpleNamespace:
         speculative_config=None,
         kv_transfer_config=None,
         additional_config={},
-        use_v2_model_runner=False,
     )
     for path, value in changes.items():
         owner, _, attribute = path.rpartition("__")
@@ -120,15 +119,46 @@ def test_a_vllm_that_did_not_ask_is_left_alone(changes):
 
 
 def test_other_platforms(monkeypatch):
-    monkeypatch.setattr(refuse.compat, "platform_name", lambda: "cuda")
-    with pytest.raises(refuse.Refused, match="cuda platform"):
+    monkeypatch.setattr(refuse.compat, "platform_name", lambda: "xpu")
+    with pytest.raises(refuse.Refused, match="xpu platform"):
         hooks.check_config(config())
 
 
-def test_model_runner_2_with_narrow_rows(monkeypatch):
-    monkeypatch.setattr(refuse.compat, "runner_2_asks_spec", lambda: False)
-    with pytest.raises(refuse.Refused, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        hooks.check_config(config(use_v2_model_runner=True))
+@pytest.fixture
+def gpu(monkeypatch):
+    """An NVIDIA GPU and a build for it, by all that is asked of them."""
+    monkeypatch.setattr(refuse.compat, "platform_name", lambda: "cuda")
+    monkeypatch.setattr(refuse.compat, "capability", lambda: (9, 0))
+    monkeypatch.setattr(refuse.kvarn, "cuda_shapes", lambda: ["k4v2_g128_d64", "k4v2_g128_d128"])
+    return monkeypatch
+
+
+def test_a_gpu_is_served(gpu):
+    hooks.check_config(config())
+    hooks.check_config(config(additional_config={"kvarn_prompts": "exact"}))
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"model_config__head_size": 96}, "no CUDA kernels of k4v2_g128_d96, but of k4v2_g128_d64, k4v2_g128_d128"),
+    ({"model_config__query_heads": 51}, "17 query heads per KV head, and 16 is the most"),
+    ({"parallel_config__enable_dbo": True}, "dual batch overlap"),
+    ({"additional_config": {"kvarn_prompts": "fast"}}, "prompts 'fast'; allowed are flash and exact"),
+])  # fmt: skip
+def test_refused_on_a_gpu(gpu, changes, words):
+    with pytest.raises(refuse.Refused, match=words):
+        hooks.check_config(config(**changes))
+
+
+def test_a_build_without_kernels(gpu):
+    gpu.setattr(refuse.kvarn, "cuda_shapes", list)
+    with pytest.raises(refuse.Refused, match="built without CUDA kernels"):
+        hooks.check_config(config())
+
+
+def test_an_old_gpu(gpu):
+    gpu.setattr(refuse.compat, "capability", lambda: (7, 5))
+    with pytest.raises(refuse.Refused, match=r"compute capability 7\.5"):
+        hooks.check_config(config())
 
 
 def test_missing_hook(monkeypatch):
@@ -178,9 +208,9 @@ def test_arguments_of_a_layer(argument):
 
 
 def test_masks_other_than_causal():
-    from kvarn.vllm.backend import KvarnBuilder
+    from kvarn.vllm.cpu import Builder
 
-    builder = object.__new__(KvarnBuilder)
+    builder = object.__new__(Builder)
     with pytest.raises(refuse.Refused, match="causal"):
         builder.build(0, SimpleNamespace(causal=torch.ones(1, dtype=torch.bool)))
     assert "causal" in CommonAttentionMetadata.__dataclass_fields__

@@ -51,6 +51,7 @@ _MODULES = {
     "runner_2": "vllm.v1.worker.gpu.model_runner",
     "scheduler": "vllm.config.scheduler",
     "selector": "vllm.v1.attention.selector",
+    "rows_2": "vllm.v1.worker.gpu.block_table",
     "spec": "vllm.v1.kv_cache_interface",
     "speculative": "vllm.config.speculative",
     "torch": "vllm.utils.torch_utils",
@@ -67,7 +68,7 @@ HOOKS = {
             platform="Platform.check_and_update_config(vllm_config)",
             cache="CacheConfig.cache_dtype CacheConfig.block_size CacheConfig.user_specified_block_size "
             "CacheConfig.kv_cache_dtype_skip_layers",
-            config="VllmConfig.additional_config VllmConfig.kv_transfer_config VllmConfig.use_v2_model_runner",
+            config="VllmConfig.additional_config VllmConfig.kv_transfer_config",
             model="ModelConfig.use_mla ModelConfig.is_hybrid ModelConfig.is_attention_free "
             "ModelConfig.is_encoder_decoder ModelConfig.get_head_size ModelConfig.get_num_kv_heads "
             "ModelConfig.get_num_attention_heads ModelConfig.get_sliding_window",
@@ -172,6 +173,14 @@ def runner_2_asks_spec(root: Path | None = None) -> bool:
     return root is not None and source.mentions(root, _MODULES["runner_2"], "max_num_blocks_per_req")
 
 
+def capability() -> tuple[int, int] | None:
+    """Compute capability of the first device, asked without touching it; None: not known."""
+    from vllm.platforms import current_platform
+
+    found = current_platform.get_device_capability()
+    return None if found is None else (found.major, found.minor)
+
+
 def platform_name() -> str:
     """ "cpu", "cuda", ..."""
     from vllm.platforms import current_platform
@@ -221,6 +230,25 @@ def widen_mixed_rows() -> None:
 
     if "max_num_blocks_per_req" not in vars(UniformTypeKVCacheSpecs):
         UniformTypeKVCacheSpecs.max_num_blocks_per_req = max_num_blocks_per_req
+
+
+_most_tokens_ahead = 0
+
+
+def widen_rows(tokens_ahead: int) -> None:
+    """0.26 and 0.28: model runner 2 makes block table rows of the model's length, whatever the spec says."""
+    global _most_tokens_ahead
+    _most_tokens_ahead = max(_most_tokens_ahead, tokens_ahead)
+    if platform_name() == "cpu" or runner_2_asks_spec():
+        return
+    from vllm.v1.worker.gpu.block_table import BlockTables
+
+    def __init__(inner, tables, *args, **kwargs):
+        widths = zip(kwargs["max_num_blocks_per_group"], kwargs["block_sizes"], strict=True)
+        kwargs["max_num_blocks_per_group"] = [width + -(-_most_tokens_ahead // size) for width, size in widths]
+        inner(tables, *args, **kwargs)
+
+    _wrap(BlockTables, "__init__", __init__)
 
 
 def _wrap(owner: type, name: str, around, kind=lambda function: function) -> None:

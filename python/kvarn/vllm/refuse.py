@@ -14,6 +14,8 @@ import kvarn
 from . import compat
 
 ENCODERS = ("weighted", "varnorm")
+# Whose attention computes prompts on a GPU: FlashAttention's, or kvarn's own, whose bits no schedule changes.
+PROMPTS = ("flash", "exact")
 # Proposers that look at tokens only. Others bring layers of their own, untested so far.
 DRAFT_METHODS = ("ngram", "suffix")
 USE_16_BIT = "serve this model with --kv-cache-dtype auto"
@@ -88,10 +90,19 @@ def _refuse_layer(preset: str, features: dict[str, bool]) -> None:
 
 def encoder_of(config) -> str:
     """The encoder chosen for this server: additional_config["kvarn_encoder"], else $KVARN_ENCODER, else weighted."""
+    return _choice(config, "kvarn_encoder", ENCODERS)
+
+
+def prompts_of(config) -> str:
+    """Whose attention computes prompts: additional_config["kvarn_prompts"], else $KVARN_PROMPTS, else flash."""
+    return _choice(config, "kvarn_prompts", PROMPTS)
+
+
+def _choice(config, option: str, allowed: tuple[str, ...]) -> str:
     additional = config.additional_config if isinstance(config.additional_config, dict) else {}
-    name = additional.get("kvarn_encoder") or os.environ.get("KVARN_ENCODER") or ENCODERS[0]
-    if name not in ENCODERS:
-        raise Refused(f"unknown kvarn encoder {name!r}; allowed are {' and '.join(ENCODERS)}")
+    name = additional.get(option) or os.environ.get(option.upper()) or allowed[0]
+    if name not in allowed:
+        raise Refused(f"unknown {option.replace('_', ' ')} {name!r}; allowed are {' and '.join(allowed)}")
     return name
 
 
@@ -107,12 +118,19 @@ def _hooks(preset, config):
 
 def _platform(preset, config):
     name = compat.platform_name()
-    return None if name == "cpu" else f"this is vLLM's {name} platform, and kvarn has kernels for the CPU only so far"
+    if name not in ("cpu", "cuda"):
+        return f"this is vLLM's {name} platform"
+    if name == "cpu":
+        return None
+    if not kvarn.cuda_shapes():
+        return "this kvarn was built without CUDA kernels"
+    found = compat.capability()
+    return None if found is None or found >= (8, 0) else f"this GPU has compute capability {found[0]}.{found[1]}"
 
 
-def _encoder(preset, config):
+def _choices(preset, config):
     try:
-        encoder_of(config)
+        encoder_of(config), prompts_of(config)
     except Refused as error:
         return str(error)
     return None
@@ -130,8 +148,12 @@ def _heads(preset, config):
         layout = kvarn.Layout(preset, head_dim=model.get_head_size(), kv_heads=model.get_num_kv_heads(parallel))
     except ValueError as error:
         return str(error)
-    ratio = model.get_num_attention_heads(parallel) / layout.kv_heads
-    return None if ratio <= 64 else f"the model has {ratio:g} query heads per KV head, and 64 is the most"
+    ratio, most = model.get_num_attention_heads(parallel) / layout.kv_heads, 64
+    if compat.platform_name() == "cuda":
+        most, shape = 16, f"{preset.removeprefix('kvarn_')}_d{layout.head_dim}"
+        if shape not in kvarn.cuda_shapes():
+            return f"this kvarn has no CUDA kernels of {shape}, but of {', '.join(kvarn.cuda_shapes())}"
+    return None if ratio <= most else f"the model has {ratio:g} query heads per KV head, and {most} is the most"
 
 
 def _windows(preset, config):
@@ -183,14 +205,18 @@ def _connector(preset, config):
     return "a KV connector is configured" if config.kv_transfer_config is not None else None
 
 
-def _runner(preset, config):
-    return "model runner 2 of this release" if config.use_v2_model_runner and not compat.runner_2_asks_spec() else None
+def _two_batches(preset, config):
+    return "dual batch overlap is on" if getattr(config.parallel_config, "enable_dbo", False) else None
 
 
 LIMITS = (
     Limit("a vLLM that lacks a hook", "use vLLM 0.26 to 0.33, and see `kvarn doctor`", _hooks),
-    Limit("platforms other than the CPU", "use a CPU build of vLLM", _platform),
-    Limit("unknown encoders", "name one of " + ", ".join(ENCODERS), _encoder),
+    Limit(
+        "platforms other than CPUs and NVIDIA GPUs from compute capability 8.0 up",
+        "use one of these, and a kvarn that was built where nvcc is",
+        _platform,
+    ),
+    Limit("options of kvarn's that do not exist", "name one of these, or leave the option out", _choices),
     Limit("head sizes and ratios without kernels", USE_16_BIT, _heads),
     Limit("multi-head latent attention (MLA)", USE_16_BIT, _model("use_mla", "has multi-head latent attention")),
     Limit("hybrid models with state-space layers", USE_16_BIT, _model("is_hybrid", "mixes attention with state-space")),
@@ -208,5 +234,5 @@ LIMITS = (
     Limit("blocks that are not whole tiles", "leave --block-size out", _block_size),
     Limit("too many drafts, or drafts of a model", "use ngram or suffix, with fewer drafts", _drafts),
     Limit("KV connectors, which may hand over unfinished tiles", "remove --kv-transfer-config", _connector),
-    Limit("model runner 2 before 0.29, whose block table is too narrow", "set VLLM_USE_V2_MODEL_RUNNER=0", _runner),
+    Limit("dual batch overlap", "leave --enable-dbo out", _two_batches),
 )

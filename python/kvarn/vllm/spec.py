@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 import kvarn
 
-from . import refuse
+from . import compat, refuse
 from .hooks import preset_of
 
 
@@ -128,6 +128,7 @@ def of_layer(layer, made, vllm_config):
     sizes = {other.head_size for other in layers if getattr(other, "kv_cache_dtype", None) == preset}
     layouts = [kvarn.Layout(preset, head_dim=size, kv_heads=1) for size in sizes]
     tokens_ahead = max(layout.pages_ahead * layout.page_tokens for layout in layouts)
+    compat.widen_rows(tokens_ahead)
     if layer.kv_cache_dtype == preset:
         return packed(made, preset, tokens_ahead)
     return AheadSpec.of(made, tokens_ahead=tokens_ahead)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GPU adds to the identity matrix: CUDA graphs, prompts on FlashAttention, prompts of every length."""
+
+import pytest
+from engine import GRAPHS, ON_GPU, Engine, first_difference, ngram
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not ON_GPU, reason="vLLM's CUDA platform"),
+    pytest.mark.usefixtures("row_by_row"),
+]
+CACHE = {"enable_prefix_caching": True}
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Prompts on FlashAttention, as users have it."""
+    monkeypatch.setenv("KVARN_PROMPTS", "flash")
+
+
+@pytest.fixture
+def flash_base(small_model, prompts, flash):
+    with Engine(small_model) as engine:
+        return engine.run(prompts)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_gpu_blocks_override": 20}, {"max_num_batched_tokens": 90}], ids=str)
+def test_graphs(small_model, prompts, base, options):
+    with Engine(small_model, **GRAPHS, **options) as engine:
+        assert first_difference(engine.run(prompts), base) is None
+
+
+@pytest.mark.parametrize("drafts", [1, 4, 12])
+def test_graphs_that_verify_drafts(small_model, prompts, base, drafts):
+    with Engine(small_model, **GRAPHS, **ngram(drafts)) as engine:
+        ours = engine.run(prompts)
+        assert engine.counters()["accepted"] > 0
+    assert first_difference(ours, base) is None
+
+
+@pytest.mark.parametrize("options", [
+    {"max_num_seqs": 1}, {"max_num_batched_tokens": 90}, {"max_num_batched_tokens": 333} | CACHE, GRAPHS,
+], ids=str)  # fmt: skip
+def test_flash_prompts_in_chunks(small_model, prompts, flash_base, options):
+    with Engine(small_model, **options) as engine:
+        assert first_difference(engine.run(prompts), flash_base) is None
+        assert first_difference(engine.run(prompts), flash_base) is None
+
+
+def test_flash_and_exact_prompts_agree(base, flash_base):
+    """To the precision of bfloat16, as far as the tokens are the same."""
+    for ours, exact in zip(flash_base, base, strict=True):
+        assert ours.tokens[0] == exact.tokens[0]
+        assert abs(ours.logprobs[0] - exact.logprobs[0]) < 0.1
+
+
+@pytest.mark.parametrize("prompts_on", ["exact", "flash"])
+def test_every_prompt_length(small_model, prompts, monkeypatch, prompts_on):
+    """Lengths over a whole tile, each without and with a hit of what the run before left."""
+    monkeypatch.setenv("KVARN_PROMPTS", prompts_on)
+    text = [token for prompt in prompts for token in prompt]
+    asked = [text[:length] for length in range(130, 130 + 128)]
+    room = {"max_num_seqs": 32, "num_gpu_blocks_override": 1000}
+    with Engine(small_model, **GRAPHS, **room) as engine:
+        plain = engine.run(asked, tokens=3)
+    with Engine(small_model, **GRAPHS, **room, **CACHE) as engine:
+        cold, warm = engine.run(asked, tokens=3), engine.run(asked, tokens=3)
+        assert engine.counters()["hits"] > 128 * 128
+    assert first_difference(cold, plain) is None
+    assert first_difference(warm, plain) is None
