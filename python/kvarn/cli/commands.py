@@ -15,6 +15,8 @@ from rich.text import Text
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The low-bit KV cache on this machine.")
 out = Console()
 err = Console(stderr=True)
+bench = typer.Typer(no_args_is_help=True, help="Measures this machine.")
+app.add_typer(bench, name="bench")
 
 
 def fail(message: object) -> typer.Exit:
@@ -119,3 +121,45 @@ def quality(
         run(model, text, contexts, main_contexts, main_preset, root, work, out)
     except (ValueError, OSError, RuntimeError) as error:
         raise fail(error) from None
+
+
+@bench.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, or a shape to run on dummy weights: qwen3-8b, ..")],
+    dtypes: Annotated[str, typer.Option(help="Cache dtypes, the one to compare with first.")] = (
+        "auto,fp8,turboquant_4bit_nc,int4_per_token_head,kvarn_k4v2_g128"
+    ),
+    mixes: Annotated[
+        str, typer.Option(help="Requests x context + decode steps.")
+    ] = "64x2048+48,1x32768+32,32x16384+40",
+    options: Annotated[str, typer.Option(help="Of vllm.LLM, as JSON, over the benchmark's own.")] = "{}",
+    seconds: Annotated[int, typer.Option(help="At most, for one dtype.")] = 300,
+    results: Annotated[Path, typer.Option(help="JSON lines, and a picture beside them.")] = Path("serve.jsonl"),
+) -> None:
+    """Prefill, decode step and capacity of stock vLLM with each cache dtype, in one run, as numbers and a picture."""
+    from kvarn.bench import picture
+    from kvarn.bench import serve as serving
+
+    lines = []
+    try:
+        asked = [serving.Mix.of(text) for text in mixes.split(",")]
+        names, log = dtypes.split(","), results.with_suffix(".logs")
+        for line in serving.measure(model, names, asked, json.loads(options), seconds, log):
+            lines.append(line)
+            err.print(json.dumps(line), markup=False, highlight=False, soft_wrap=True)
+        serving.record(lines, model, results)
+    except (ValueError, OSError) as error:
+        raise fail(error) from None
+    results.with_suffix(".svg").write_text(picture.draw(lines, asked))
+    columns, rows = serving.table(lines, asked)
+    table = Table(box=SIMPLE)
+    table.add_column("--kv-cache-dtype", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row.dtype, *row.cells)
+    out.print(table)
+    if failed := [line for line in lines if "error" in line]:
+        for line in failed:
+            err.print(f"{line['kv_cache_dtype']}: {line['error']}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1)

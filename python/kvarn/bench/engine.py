@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One cache dtype: vLLM in this process, every mix of requests, a JSON line for each.
+
+    python -m kvarn.bench.engine '{"model": folder, "kv_cache_dtype": .., "mixes": [[requests, context, output], ..]}'
+
+A mix starts all requests at once. `prefill_s` ends when the last of them has its first token; `step_ms` is the median
+of the steps in which every request decodes. Standard output carries the JSON lines only, everything else goes to
+standard error.
+"""
+
+import json
+import logging
+import os
+import random
+import re
+import statistics
+import sys
+import time
+
+
+def main() -> None:
+    """The process's whole life."""
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    asked = json.loads(sys.argv[1])
+
+    def tell(**line) -> None:
+        lines.write(json.dumps({"kv_cache_dtype": asked["kv_cache_dtype"]} | line) + "\n")
+
+    started, capacity = time.perf_counter(), Capacity()
+    try:
+        llm = start(asked, capacity)
+    except Exception as error:
+        tell(error=f"{type(error).__name__}: {error}")
+        raise SystemExit(1) from error
+    tell(start_s=round(time.perf_counter() - started, 2), fit_tokens=capacity.tokens)
+    run_mix(llm, 4, 300, 8)  # warm-up
+    for requests, context, output in asked["mixes"]:
+        try:
+            found = run_mix(llm, requests, context, output, asked.get("profile", False))
+            tell(requests=requests, context=context, output=output, **found)
+        except Exception as error:
+            tell(requests=requests, context=context, output=output, error=f"{type(error).__name__}: {error}")
+            raise SystemExit(1) from error
+
+
+class Capacity(logging.Handler):
+    """Listens to vLLM for how many tokens fit: it says so in every release, and counts the pages ahead of requests."""
+
+    tokens: int | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.search(r"KV cache size: ([\d,]+) tokens", record.getMessage()):
+            self.tokens = int(found[1].replace(",", ""))
+
+
+def start(asked: dict, capacity: Capacity):
+    """vLLM with the asked options, in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    logging.getLogger("vllm").addHandler(capacity)
+
+    options = {
+        "enable_prefix_caching": False,
+        "max_num_batched_tokens": 16384,
+        "gpu_memory_utilization": 0.9,
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+    }
+    options |= asked.get("options", {})
+    if asked.get("dummy"):
+        options["load_format"] = "dummy"
+    return LLM(model=asked["model"], kv_cache_dtype=asked["kv_cache_dtype"], **options)
+
+
+def run_mix(llm, requests: int, context: int, output: int, profile: bool = False) -> dict:
+    """Random prompts of `context` tokens, `output` tokens each beyond what the others' prefill takes.
+
+    profile  also which kernels run in a decode step; steps are then slower
+    """
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    vocabulary = engine.vllm_config.model_config.get_vocab_size()
+    chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens
+    most = output + requests * context // chunk + 2
+    draw = random.Random(requests * 1_000_003 + context)
+    params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True, detokenize=False)
+    names = [f"{requests}x{context}-{i}" for i in range(requests)]
+    for name in names:
+        prompt = [draw.randrange(2, vocabulary - 2) for _ in range(context)]
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    begun = time.perf_counter()
+    tokens: dict[str, int] = {}
+    prefill, steps, left, profiler = None, [], requests, None
+    while engine.has_unfinished_requests():
+        before = time.perf_counter()
+        outputs = engine.step()
+        now = time.perf_counter()
+        for one in outputs:
+            tokens[one.request_id] = len(one.outputs[0].token_ids)
+            left -= one.finished
+        if prefill is not None and left == requests and len(outputs) == requests:
+            steps.append(now - before)
+            if profile and len(steps) == output // 2:
+                profiler = Profiler()
+            if profiler and len(steps) == output // 2 + PROFILED:
+                profiler.stop()
+        if prefill is None and len(tokens) == requests:
+            prefill = now - begun
+    if min(tokens.values()) != most:
+        raise RuntimeError(f"a request ended after {min(tokens.values())} of {most} tokens")
+    took = time.perf_counter() - begun
+    return {
+        "prefill_s": round(prefill, 3),
+        "step_ms": round(1e3 * statistics.median(steps), 3) if steps else None,
+        "steps": len(steps),
+        "total_s": round(took, 3),
+        "output_tokens_per_s": round(sum(tokens.values()) / took, 1),
+    } | ({"kernels": profiler.kernels} if profiler else {})
+
+
+PROFILED = 8  # steps
+
+
+class Profiler:
+    """What the device does from now on until `stop`: kernels, the most expensive first, [name, us, launches] a step."""
+
+    def __init__(self):
+        import torch
+
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self._profile.start()
+
+    def stop(self) -> None:
+        self._profile.stop()
+        found = [event for event in self._profile.key_averages() if event.self_device_time_total > 0]
+        found.sort(key=lambda event: -event.self_device_time_total)
+        self.kernels = [
+            [event.key[:120], round(event.self_device_time_total / PROFILED, 1), round(event.count / PROFILED, 2)]
+            for event in found
+        ]
+
+
+if __name__ == "__main__":
+    main()
