@@ -16,7 +16,6 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
-from vllm.triton_utils import dispatcher
 
 PRESET = "kvarn_k4v2_g128"
 ON_GPU = current_platform.is_cuda()
@@ -58,8 +57,9 @@ class Engine:
             "kv_cache_memory_bytes": 1 << 30,
             "enforce_eager": True,
             "skip_tokenizer_init": True,
-        }
+        } | ({"gpu_memory_utilization": 0.05} if ON_GPU else {})  # several engines may share a GPU
         self._options = defaults | options | {"model": str(model), "disable_log_stats": False}
+        self._cached = 0
 
     def __enter__(self) -> "Engine":
         logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -71,16 +71,22 @@ class Engine:
                 self._patch.setenv("KVARN_PROMPTS", "exact")
         self._patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it
         torch.set_num_threads(1)
-        if dispatcher._registry:
-            # vLLM's search for kernels to override reads every object of every module, and breaks on some of numba's
-            # (drafts import it). One engine per process never gets there; here the first one's overrides hold.
-            self._patch.setattr(dispatcher, "_rebind_kernels", lambda overrides: None)
+        if not ON_GPU:
+            self._keep_overrides()
         try:
             self.llm = LLM(**self._options)
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _keep_overrides(self) -> None:
+        """vLLM's search for kernels to override on a CPU reads every object of every module, and breaks on some of
+        numba's (drafts import it). One engine per process never gets there; here the first one's overrides hold."""
+        from vllm.triton_utils import dispatcher
+
+        if dispatcher._registry:
+            self._patch.setattr(dispatcher, "_rebind_kernels", lambda overrides: None)
 
     def __exit__(self, *_) -> None:
         if hasattr(self, "llm"):
@@ -96,6 +102,7 @@ class Engine:
         greedy = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False}
         params = SamplingParams(**(greedy | sampling))
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        self._cached += sum(output.num_cached_tokens or 0 for output in outputs)
         return [Answer.of(completion) for output in outputs for completion in output.outputs]
 
     def abort_after(self, prompts: list[list[int]], steps: int) -> None:
@@ -114,7 +121,9 @@ class Engine:
     def counters(self) -> dict[str, int]:
         """What vLLM counted since the engine started: COUNTERS."""
         values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
-        return {short: int(values.get(name, 0)) for short, name in COUNTERS.items()}
+        counted = {short: int(values.get(name, 0)) for short, name in COUNTERS.items()}
+        # With asynchronous scheduling vLLM's own counter misses the first step after a pause.
+        return counted | {"hits": max(counted["hits"], self._cached)}
 
 
 def ngram(drafts: int) -> dict:

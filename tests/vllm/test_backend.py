@@ -117,3 +117,19 @@ def test_dummy_requests_take_no_part():
     assert made.query_starts.tolist() == [0, 2, 4, 5, 5]
     assert made.block_table.shape == (4, 9) and made.num_tokens == 5
     assert made.workspace.numel() >= 64 and made.workspace.data_ptr() % 64 == 0
+
+
+def test_prompts_take_turns_where_they_do_not_fit():
+    from kvarn.vllm import prompts
+
+    plan = SimpleNamespace(layout=kvarn.Layout(PRESET, head_dim=64, kv_heads=3))
+    # A decoding request, 300 tokens at once, the last 100 of 1,000, padding, 640 at once: 5, 8 and 9 pages.
+    batch = SimpleNamespace(
+        num_reqs=5,
+        query_start_loc_cpu=torch.tensor([0, 1, 301, 401, 401, 1041]),
+        seq_lens_cpu_upper_bound=torch.tensor([700, 300, 1000, 0, 640]),
+    )
+    step = prompts.Step.of(batch, 1, plan, SimpleNamespace(pages=20))
+    assert step.first_row == 1
+    assert step.groups == [prompts.Group(range(1, 3), 3 + 1, 1000), prompts.Group(range(4, 5), 5, 640)]
+    assert len(prompts.Step.of(batch, 1, plan, SimpleNamespace(pages=22)).groups) == 1

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,36 +81,32 @@ def record(lines: list[dict], model: str, path: Path) -> None:
     path.write_text("".join(json.dumps(facts | line) + "\n" for line in lines))
 
 
-class Row(NamedTuple):
-    """A cache dtype: what it gave, and how that compares with the first dtype of the run."""
+def table(lines: list[dict], mixes: list[Mix]) -> tuple[list[str], list[list[str]]]:
+    """The dtypes, and rows for a reader: what was measured, then a cell for each dtype.
 
-    dtype: str
-    cells: list[str]
-
-
-def table(lines: list[dict], mixes: list[Mix]) -> tuple[list[str], list[Row]]:
-    """Columns and rows for a reader; ratios above 1 are better than the first dtype."""
-    columns = ["tokens that fit", *(f"{mix} {what}" for mix in mixes for what in ("prefill s", "step ms"))]
+    Ratios are against the first dtype; above 1 is better.
+    """
     dtypes = list(dict.fromkeys(line["kv_cache_dtype"] for line in lines))
 
-    def value(dtype: str, of: Callable[[dict], float | None]) -> float | None:
-        return next((found for line in lines if line["kv_cache_dtype"] == dtype and (found := of(line))), None)
+    def row(title: str, key: str, mix: Mix | None = None) -> list[str]:
+        of_mix = (mix.requests, mix.context) if mix else (None, None)
+        values = {
+            line["kv_cache_dtype"]: line[key]
+            for line in lines
+            if line.get(key) is not None and (line.get("requests"), line.get("context")) == of_mix
+        }
+        return [title, *(cell(values.get(dtype), values.get(dtypes[0]), dtype) for dtype in dtypes)]
 
-    def in_mix(mix: Mix, key: str) -> Callable[[dict], float | None]:
-        return lambda line: line.get(key) if (line.get("requests"), line.get("context")) == mix[:2] else None
+    def cell(mine: float | None, first: float | None, dtype: str) -> str:
+        if mine is None:
+            return "-"
+        counts = isinstance(mine, int)  # tokens: more is better
+        text = f"{mine:,}" if counts else f"{mine:.2f}"
+        if first is None or dtype == dtypes[0]:
+            return text
+        return f"{text} ({mine / first if counts else first / mine:.2f}x)"
 
-    getters = [(lambda line: line.get("fit_tokens"), True)]
-    getters += [(in_mix(mix, key), False) for mix in mixes for key in ("prefill_s", "step_ms")]
-    rows = []
-    for dtype in dtypes:
-        cells = []
-        for of, more_is_better in getters:
-            mine, first = value(dtype, of), value(dtypes[0], of)
-            if mine is None:
-                cells.append("-")
-                continue
-            text = f"{mine:,.0f}" if more_is_better else f"{mine:.2f}"
-            ratio = "" if first is None or dtype == dtypes[0] else (mine / first if more_is_better else first / mine)
-            cells.append(f"{text} ({ratio:.2f}x)" if ratio else text)
-        rows.append(Row(dtype, cells))
-    return columns, rows
+    rows = [row("tokens that fit", "fit_tokens")]
+    for mix in mixes:
+        rows += [row(f"{mix} prefill, s", "prefill_s", mix), row(f"{mix} step, ms", "step_ms", mix)]
+    return dtypes, rows

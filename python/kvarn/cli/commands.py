@@ -151,13 +151,12 @@ def serve(
     except (ValueError, OSError) as error:
         raise fail(error) from None
     results.with_suffix(".svg").write_text(picture.draw(lines, asked))
-    columns, rows = serving.table(lines, asked)
-    table = Table(box=SIMPLE)
-    table.add_column("--kv-cache-dtype", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
+    names, rows = serving.table(lines, asked)
+    table = Table("", box=SIMPLE)
+    for name in names:
+        table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(row.dtype, *row.cells)
+        table.add_row(*row)
     out.print(table)
     if failed := [line for line in lines if "error" in line]:
         for line in failed:

@@ -45,13 +45,16 @@ class Step:
 
     @classmethod
     def of(cls, batch, first: int, plan, room) -> "Step":
-        """Of vLLM's batch, from request `first` on: lengths of prompts are known to the host."""
+        """Of vLLM's batch, from request `first` on."""
         tile = plan.layout.page_tokens
         starts = batch.query_start_loc_cpu.tolist()
-        lengths = batch.seq_lens_cpu_upper_bound.tolist()
+        known = batch.seq_lens_cpu_upper_bound  # exact for prompts; some dummy steps leave it out, and may wait
+        lengths = (batch.seq_lens if known is None else known).tolist()
         groups, used = [], 0
         for request in range(first, batch.num_reqs):
             length, rows = lengths[request], starts[request + 1] - starts[request]
+            if rows == 0:  # padding
+                continue
             last = (length - 1) // tile
             sequences = last - (length - rows) // tile + 1
             pages = last + sequences
