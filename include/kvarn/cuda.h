@@ -5,6 +5,9 @@
  * graph; a replay with other lengths, tables and rows in the same memory is right.
  *
  * A step:   kvarn_cuda_plan once, then for every layer kvarn_cuda_append and kvarn_cuda_attend, all on one stream.
+ *           Attention with another plan than the append's, for a part of the requests, must not follow that append
+ *           directly: it starts reading packed tiles that the step does not complete by its own plan. Any other kernel
+ *           of kvarn's between them, such as kvarn_cuda_rotate, makes it wait.
  *
  * What the host cannot see is not checked: a request whose length, query range or table row is inconsistent is left out
  * by the plan, and page indices outside the pool are clamped into it, so that a corrupt table gives wrong numbers for

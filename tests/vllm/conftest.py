@@ -25,16 +25,44 @@ def model() -> Path:
 @pytest.fixture(scope="session")
 def small_model(model, tmp_path_factory) -> Path:
     """Its first six layers: real weights, a fifth of the time."""
+    return first_layers(model, LAYERS, tmp_path_factory.mktemp("small_model"))
+
+
+@pytest.fixture(scope="session")
+def draft_model(small_model, tmp_path_factory) -> Path:
+    """The first five of these: its drafts are accepted often, not always."""
+    return first_layers(small_model, LAYERS - 1, tmp_path_factory.mktemp("draft_model"))
+
+
+@pytest.fixture(scope="session")
+def eagle_head(small_model, tmp_path_factory) -> Path:
+    """An EAGLE head for the small model that sees the last token only: its first layer, and a poor guess."""
+    import torch
     from safetensors.torch import load_file, save_file
 
-    folder = tmp_path_factory.mktemp("small_model")
+    folder = first_layers(small_model, 1, tmp_path_factory.mktemp("eagle_head"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["EagleLlamaForCausalLM"]}))
+    weights = load_file(folder / "model.safetensors")
+    layer = {name.removeprefix("model."): w for name, w in weights.items() if _in_layer(name)}
+    del layer["layers.0.input_layernorm.weight"]  # an EAGLE head has none
+    one = torch.eye(config["hidden_size"], dtype=next(iter(layer.values())).dtype)
+    fc = torch.cat([one, torch.zeros_like(one)], dim=1)
+    save_file(layer | {"fc.weight": fc}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def first_layers(model: Path, layers: int, folder: Path) -> Path:
+    """`model` cut to its first layers, in `folder`."""
+    from safetensors.torch import load_file, save_file
+
     for file in model.iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, folder / file.name)
     config = json.loads((model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
     weights = load_file(model / "model.safetensors")
-    kept = {name: w for name, w in weights.items() if not _in_layer(name) or int(name.split(".")[2]) < LAYERS}
+    kept = {name: w for name, w in weights.items() if not _in_layer(name) or int(name.split(".")[2]) < layers}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

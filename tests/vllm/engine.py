@@ -24,6 +24,7 @@ RUNNER = os.environ.get("KVARN_TEST_RUNNER", "1")
 GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 COUNTERS = {
     "hits": "vllm:prefix_cache_hits",
+    "external hits": "vllm:external_prefix_cache_hits",
     "preemptions": "vllm:num_preemptions",
     "drafted": "vllm:spec_decode_num_draft_tokens",
     "accepted": "vllm:spec_decode_num_accepted_tokens",
@@ -67,6 +68,8 @@ class Engine:
         self._patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if ON_GPU:
             self._patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(RUNNER == "2")))
+            # vLLM's graphs of a process share one memory pool, which goes with the first engine's.
+            self._patch.setattr(type(current_platform), "_global_graph_pool", None)
             if "KVARN_PROMPTS" not in os.environ:
                 self._patch.setenv("KVARN_PROMPTS", "exact")
         self._patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it
@@ -105,6 +108,11 @@ class Engine:
         self._cached += sum(output.num_cached_tokens or 0 for output in outputs)
         return [Answer.of(completion) for output in outputs for completion in output.outputs]
 
+    @staticmethod
+    def answer(output) -> Answer:
+        """Of a request with one completion."""
+        return Answer.of(output.outputs[0])
+
     def abort_after(self, prompts: list[list[int]], steps: int) -> None:
         """Starts all prompts and gives them up together after some steps of the engine."""
         engine = self.llm.llm_engine
@@ -118,6 +126,10 @@ class Engine:
         while engine.has_unfinished_requests():
             engine.step()
 
+    def groups(self) -> list:
+        """vLLM's KV cache groups."""
+        return self.llm.llm_engine.model_executor.driver_worker.model_runner.kv_cache_config.kv_cache_groups
+
     def counters(self) -> dict[str, int]:
         """What vLLM counted since the engine started: COUNTERS."""
         values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
@@ -128,16 +140,21 @@ class Engine:
 
 def ngram(drafts: int) -> dict:
     """Options that have vLLM look up drafts in what was said before."""
+    _runner_1_only("n-grams")
+    looked_up = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    return {"speculative_config": looked_up | {"num_speculative_tokens": drafts}}
+
+
+def drafting(method: str, model, drafts: int) -> dict:
+    """Options that have `model` propose drafts: "draft_model", "eagle"."""
+    if method == "draft_model":
+        _runner_1_only("draft models")
+    return {"speculative_config": {"method": method, "model": str(model), "num_speculative_tokens": drafts}}
+
+
+def _runner_1_only(what: str) -> None:
     if ON_GPU and RUNNER == "2":
-        pytest.skip("vLLM looks up n-grams with model runner 1 only")
-    return {
-        "speculative_config": {
-            "method": "ngram",
-            "num_speculative_tokens": drafts,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        }
-    }
+        pytest.skip(f"vLLM has {what} with model runner 1 only")
 
 
 def first_difference(ours: list[Answer], theirs: list[Answer]) -> str | None:

@@ -8,7 +8,7 @@ import kvarn
 import pytest
 import torch
 from engine import PRESET
-from kvarn.vllm import backend, cpu, refuse, spec
+from kvarn.vllm import backend, cpu, offload, refuse, spec
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 CONFIG = SimpleNamespace(
@@ -53,9 +53,12 @@ def test_merging_keeps_what_vllm_does_not_know():
         spec.KvarnSpec.merge([packed, spec.KvarnSpec.of(packed, tokens_ahead=512)])
 
 
+WINDOW = SlidingWindowSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16, sliding_window=99)
+
+
 def test_packed_and_16_bit_layers_share_rows():
     layers = {
-        name: SimpleNamespace(kv_cache_dtype=dtype, head_size=64)
+        name: SimpleNamespace(kv_cache_dtype=dtype, head_size=64, num_kv_heads=3)
         for name, dtype in (("first", "auto"), ("second", PRESET))
     }
     config = SimpleNamespace(
@@ -72,13 +75,34 @@ def test_packed_and_16_bit_layers_share_rows():
     assert group.max_num_blocks_per_req(CONFIG, 1000) == 13
 
 
+@pytest.mark.parametrize(("block_size", "tokens"), [(128, 16), (640, 128), (1280, 256), (768, 128)])
+def test_windowed_layers_fit_into_packed_blocks(block_size, tokens, monkeypatch):
+    monkeypatch.setattr(spec.compat, "platform_name", lambda: "cuda")
+    packed = SimpleNamespace(kv_cache_dtype=PRESET, head_size=64, num_kv_heads=3)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype=PRESET, block_size=block_size),
+        compilation_config=SimpleNamespace(static_forward_context={"packed": packed}),
+    )
+    made = spec.of_layer(SimpleNamespace(kv_cache_dtype="auto"), WINDOW, config)
+    assert type(made) is spec.WindowSpec and made.block_size == tokens
+    assert made.page_size_bytes == 7296 * 3 * block_size // 128
+    config.cache_config.block_size = 128
+    with pytest.raises(refuse.Refused, match="98304 bytes for 16 tokens"):
+        spec.of_layer(SimpleNamespace(kv_cache_dtype="auto"), replace(WINDOW, num_kv_heads=24), config)
+
+
+@pytest.mark.parametrize(
+    ("found", "tokens", "kept"), [(128, 128, 0), (256, 256, 128), (256, 257, 256), (200, 900, 128)]
+)
+def test_hits_from_host_memory_end_before_the_last_token(found, tokens, kept):
+    assert offload.whole_blocks(found, tokens, 128) == kept
+
+
 def test_other_kinds_of_layers():
     config = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=PRESET))
-    window = SlidingWindowSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16, sliding_window=99)
-    assert spec.of_layer(SimpleNamespace(kv_cache_dtype="auto"), window, config) is window
     assert spec.of_layer(SimpleNamespace(kv_cache_dtype=PRESET), None, config) is None
     unequal = replace(full(), head_size_v=128)
-    for made in (replace(window, dtype=torch.uint8), unequal):
+    for made in (replace(WINDOW, dtype=torch.uint8), unequal):
         with pytest.raises(refuse.Refused, match=PRESET):
             spec.packed(made, PRESET)
 

@@ -6,7 +6,7 @@ counters of each run show that what the test is about did happen.
 """
 
 import pytest
-from engine import Engine, first_difference, ngram
+from engine import Engine, drafting, first_difference, ngram
 
 pytestmark = pytest.mark.usefixtures("row_by_row")
 
@@ -88,6 +88,21 @@ def test_drafts_with_everything_else(small_model, prompts, base):
     assert 0 < counters["accepted"] < counters["drafted"]
     assert counters["preemptions"] > 0
     assert counters["hits"] > 0
+    for ours in runs:
+        assert first_difference(ours, base) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, TIGHT | CACHE, {"max_num_batched_tokens": 90}], ids=str)
+@pytest.mark.parametrize(("method", "drafts"), [("draft_model", 1), ("draft_model", 4), ("eagle", 1), ("eagle", 3)])
+def test_drafts_of_a_model(small_model, draft_model, eagle_head, prompts, base, method, drafts, options):
+    """A model that drafts has packed layers of its own, which run ahead and are set back."""
+    drafter = draft_model if method == "draft_model" else eagle_head
+    with Engine(small_model, **drafting(method, drafter, drafts), **options) as engine:
+        runs = [engine.run(prompts) for _ in range(2)]
+        counters = engine.counters()
+    assert (method == "eagle" or counters["accepted"] > 0) and counters["accepted"] < counters["drafted"]
+    assert not options.keys() & TIGHT.keys() or counters["preemptions"] > 0
     for ours in runs:
         assert first_difference(ours, base) is None
 

@@ -3,6 +3,7 @@
 
 from types import SimpleNamespace
 
+import kvarn
 import pytest
 import torch
 from engine import PRESET
@@ -60,25 +61,22 @@ SERVED = [
     {"speculative_config": drafts("ngram", 28)},
     {"speculative_config": drafts("suffix", 4)},
     {"additional_config": {"kvarn_encoder": "varnorm"}},
-    {"model_config__window": 512, "cache_config__kv_cache_dtype_skip_layers": ["sliding_window"]},
+    {"speculative_config": drafts("eagle3", 4)},
+    {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
+    {"model_config__window": 512},
     {"model_config": None},
 ]
 REFUSED = [
     ({"model_config__use_mla": True}, "multi-head latent attention"),
-    ({"model_config__is_hybrid": True}, "state-space"),
+    ({"model_config__is_hybrid": True}, "state-space layers, on a CPU"),
     ({"model_config__is_encoder_decoder": True}, "cross attention"),
     ({"model_config__is_mm_prefix_lm": True}, "both directions"),
     ({"model_config__rswa_window": 128}, "reference sliding windows"),
     ({"model_config__hf_text_config": SimpleNamespace(attention_chunk_size=8192)}, "chunked local"),
     ({"model_config__head_size": 112}, "head_dim"),
     ({"model_config__query_heads": 195}, "65 query heads per KV head"),
-    ({"model_config__window": 512}, "--kv-cache-dtype-skip-layers sliding_window"),
     (
-        {
-            "model_config__window": 512,
-            "cache_config__kv_cache_dtype_skip_layers": ["sliding_window"],
-            "scheduler_config__disable_hybrid_kv_cache_manager": True,
-        },
+        {"model_config__window": 512, "scheduler_config__disable_hybrid_kv_cache_manager": True},
         "hybrid KV cache manager is disabled",
     ),
     ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
@@ -89,8 +87,8 @@ REFUSED = [
     ),
     ({"cache_config__block_size": 64}, "--block-size 64 is not a multiple of 128"),
     ({"speculative_config": drafts("ngram", 29)}, "29 drafts per step, where a page has room for 28"),
-    ({"speculative_config": drafts("eagle", 2)}, "speculative method eagle"),
-    ({"kv_transfer_config": SimpleNamespace()}, "KV connector"),
+    ({"speculative_config": drafts("dflash", 2)}, "speculative method dflash"),
+    ({"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")}, "KV connector NixlConnector"),
     ({"additional_config": {"kvarn_encoder": "best"}}, "encoder 'best'; allowed are weighted and varnorm"),
 ]
 
@@ -136,6 +134,7 @@ def gpu(monkeypatch):
 def test_a_gpu_is_served(gpu):
     hooks.check_config(config())
     hooks.check_config(config(additional_config={"kvarn_prompts": "exact"}))
+    hooks.check_config(config(model_config__is_hybrid=True))
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -175,7 +174,7 @@ def test_missing_hook(monkeypatch):
         ({"has_sink": True}, "sinks"),
         ({"use_sparse": True}, "sparse"),
         ({"use_mm_prefix": True}, "prefixes"),
-        ({"has_sliding_window": True}, "skip-layers"),
+        ({"has_sliding_window": True}, "sliding window"),
         ({"use_non_causal": True}, "causal"),
         ({"attn_type": "encoder_only"}, "decoder"),
         ({"head_size": 72}, "head_dim"),
@@ -195,16 +194,25 @@ def test_layers(feature, words):
         {"alibi_slopes": [0.5]},
         {"sliding_window": 512},
         {"kv_sharing_target_layer_name": "model.layers.3"},
-        {"sinks": torch.zeros(9)},
         {"attn_type": "encoder_decoder"},
     ],
     ids=str,
 )
 def test_arguments_of_a_layer(argument):
     served = {"attn_type": "decoder", "alibi_slopes": None, "sliding_window": None, "chunk_lookback": -1}
-    refuse.check_impl(PRESET, **served)
+    layout = kvarn.Layout(PRESET, head_dim=64, kv_heads=3)
+    refuse.check_impl(layout, 9, **served)
     with pytest.raises(refuse.Refused, match=PRESET):
-        refuse.check_impl(PRESET, **(served | argument))
+        refuse.check_impl(layout, 9, **(served | argument))
+    with pytest.raises(refuse.Refused, match="65 query heads per KV head"):
+        refuse.check_impl(layout, 195, **served)
+
+
+def test_windows_are_left_in_16_bits():
+    asked = config(model_config__window=512)
+    hooks.check_config(asked)
+    hooks.check_config(asked)
+    assert asked.cache_config.kv_cache_dtype_skip_layers == ["sliding_window"]
 
 
 def test_masks_other_than_causal():

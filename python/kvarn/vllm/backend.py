@@ -9,11 +9,14 @@ from typing import ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
 
 import kvarn
 
 from . import compat, refuse, spec
+
+logger = init_logger("vllm.kvarn")
 
 
 def path_of(preset: str) -> str:
@@ -66,10 +69,6 @@ class KvarnBackend(AttentionBackend):
         return True
 
     @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
-
-    @classmethod
     def customize_spec(cls, made):
         """Asked for sizes before layers exist (0.28 and later); a layer's own spec comes packed from spec.of_layer."""
         is_ours = made.dtype == torch.uint8 and not isinstance(made, spec.KvarnSpec)
@@ -82,6 +81,21 @@ class KvarnBackend(AttentionBackend):
         """The cache of a layer, uint8, up to 0.28; later releases derive the same shape from the spec."""
         layout = kvarn.Layout(cls.preset, head_dim=head_size, kv_heads=num_kv_heads)
         return (num_blocks, 1, block_size, -(-layout.page_bytes // layout.page_tokens))
+
+
+def check_causal(batch) -> None:
+    """Raises Refused if a step (vLLM's CommonAttentionMetadata) asks for another mask than the causal one."""
+    if batch.causal is not True:
+        raise refuse.Refused("kvarn serves causal attention only, this step asks for another mask")
+
+
+def warn_replaced(count: int) -> None:
+    """Once in the life of a process."""
+    logger.warning_once(
+        "kvarn: the model produced %d keys or values that are not finite or beyond 65504; they were replaced. "
+        "Further cases are not reported.",
+        count,
+    )
 
 
 def _kernels():
@@ -108,10 +122,13 @@ class KvarnLayer(AttentionImpl):
         logits_soft_cap: float | None = None,
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **others,
     ):
+        self.layout = kvarn.Layout(kv_cache_dtype, head_dim=head_size, kv_heads=num_kv_heads or num_heads)
         refuse.check_impl(
-            kv_cache_dtype,
+            self.layout,
+            num_heads,
             attn_type=attn_type,
             alibi_slopes=alibi_slopes,
             sliding_window=sliding_window,
@@ -124,5 +141,9 @@ class KvarnLayer(AttentionImpl):
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = float(logits_soft_cap or 0.0)
-        self.layout = kvarn.Layout(kv_cache_dtype, head_dim=head_size, kv_heads=self.num_kv_heads)
+        self.sinks = sinks  # a parameter of the model, [num_heads]: it has its values once weights are loaded
         self.encoder = refuse.encoder_of(get_current_vllm_config())
+
+    def pages_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """uint8 [pages, page_bytes] of vLLM's view of the layer's cache (KvarnBackend.get_kv_cache_shape)."""
+        return kv_cache.flatten(1)[:, : self.layout.page_bytes]

@@ -43,9 +43,12 @@ _MODULES = {
     "backends": "vllm.v1.attention.backends.registry",
     "cache": "vllm.config.cache",
     "config": "vllm.config.vllm",
+    "flash": "vllm.v1.attention.backends.flash_attn",
+    "flash_utils": "vllm.v1.attention.backends.fa_utils",
     "layer": "vllm.model_executor.layers.attention.attention",
     "manager": "vllm.v1.core.single_type_kv_cache_manager",
     "model": "vllm.config.model",
+    "offload": "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler",
     "platform": "vllm.platforms.interface",
     "registry": "vllm.v1.kv_cache_spec_registry",
     "runner_2": "vllm.v1.worker.gpu.model_runner",
@@ -101,6 +104,24 @@ HOOKS = {
             "FullAttentionSpec.max_memory_usage_bytes(vllm_config) FullAttentionSpec.merge(specs)",
         )
     },
+    "block size": {
+        "settled by the platform": _names(
+            platform="Platform.update_block_size_for_backend(vllm_config)",
+            cache="CacheConfig.mamba_page_size_padded CacheConfig.mamba_block_size CacheConfig.mamba_cache_mode",
+            spec="MambaSpec.page_size_padded SlidingWindowSpec.page_size_padded SlidingWindowSpec.block_size",
+        )
+    },
+    "offloaded blocks": {
+        "the connector's scheduler": _names(
+            offload="OffloadingConnectorScheduler.__init__(spec,vllm_config,kv_cache_config) "
+            "OffloadingConnectorScheduler.get_num_new_matched_tokens(request,num_computed_tokens)"
+        )
+    },
+    "zeroed blocks": {
+        "managers record them": _names(
+            manager="SingleTypeKVCacheManager.take_new_block_ids", spec="KVCacheConfig.needs_kv_cache_zeroing"
+        )
+    },
     "page size": {
         "head slots of bytes": _names(
             spec="FullAttentionSpec.num_heads FullAttentionSpec.state_content_size_bytes "
@@ -121,6 +142,18 @@ HOOKS = {
             "CommonAttentionMetadata.query_start_loc CommonAttentionMetadata.seq_lens CommonAttentionMetadata.causal "
             "CommonAttentionMetadata.num_reqs CommonAttentionMetadata.num_actual_tokens "
             "CommonAttentionMetadata.block_table_tensor CommonAttentionMetadata.slot_mapping"
+        )
+    },
+    "attention on GPUs": {
+        "graphs, FlashAttention": _names(
+            backend="AttentionCGSupport.UNIFORM_BATCH AttentionImplBase.process_weights_after_loading(act_dtype) "
+            "AttentionMetadataBuilder._init_reorder_batch_threshold(reorder_batch_threshold,supports_spec_as_decode) "
+            "CommonAttentionMetadata.query_start_loc_cpu CommonAttentionMetadata.max_query_len "
+            "CommonAttentionMetadata.seq_lens_cpu_upper_bound",
+            flash="_get_sliding_window_configs(vllm_config)",
+            flash_utils="get_flash_attn_version(head_size) is_flash_attn_varlen_func_available "
+            "flash_attn_supports_sinks",
+            rows_2="BlockTables.__init__(max_num_blocks_per_group,block_sizes)",
         )
     },
 }
@@ -203,12 +236,19 @@ def install(presets: tuple[str, ...], hooks) -> None:
         selector = kwargs["attn_selector_config"] if "attn_selector_config" in kwargs else args[1]
         return hooks.backend_path(selector) or inner(*args, **kwargs)
 
-    def register_custom_kv_cache_specs(inner, *args, **kwargs):
-        inner(*args, **kwargs)
-        hooks.register_specs()
+    def register_custom_kv_cache_specs(inner, vllm_config, *args, **kwargs):
+        inner(vllm_config, *args, **kwargs)
+        hooks.register_specs(vllm_config)
 
-    for around in (check_and_update_config, get_attn_backend_cls, register_custom_kv_cache_specs):
-        _wrap(platform, around.__name__, around, kind=classmethod)
+    def update_block_size_for_backend(inner, vllm_config, *args, **kwargs):
+        inner(vllm_config, *args, **kwargs)
+        if vllm_config.model_config is not None:
+            hooks.settle_blocks(vllm_config)
+
+    for around in (
+        check_and_update_config, get_attn_backend_cls, register_custom_kv_cache_specs, update_block_size_for_backend,
+    ):  # fmt: skip
+        wrap(platform, around.__name__, around, kind=classmethod)
 
 
 def wrap_layer_spec(layer_spec) -> None:
@@ -218,7 +258,21 @@ def wrap_layer_spec(layer_spec) -> None:
     def get_kv_cache_spec(inner, layer, vllm_config, *args, **kwargs):
         return layer_spec(layer, inner(layer, vllm_config, *args, **kwargs), vllm_config)
 
-    _wrap(Attention, "get_kv_cache_spec", get_kv_cache_spec)
+    wrap(Attention, "get_kv_cache_spec", get_kv_cache_spec)
+
+
+def mix_windows(preset_of) -> None:
+    """Packed layers count as layers without a window for FlashAttention, as they would in 16 bits.
+
+    Its builder makes schedules ahead where all its layers have one window, and vLLM 0.26 to 0.33 then hands the first
+    group's to every group of equal layers, while a CUDA graph reads each group's own: wrong from the second group on.
+    """
+    from vllm.v1.attention.backends import flash_attn
+
+    def _get_sliding_window_configs(inner, vllm_config):
+        return inner(vllm_config) | (set() if preset_of(vllm_config) is None else {None})
+
+    wrap(flash_attn, "_get_sliding_window_configs", _get_sliding_window_configs)
 
 
 def widen_mixed_rows() -> None:
@@ -230,6 +284,20 @@ def widen_mixed_rows() -> None:
 
     if "max_num_blocks_per_req" not in vars(UniformTypeKVCacheSpecs):
         UniformTypeKVCacheSpecs.max_num_blocks_per_req = max_num_blocks_per_req
+
+
+def zero_windows() -> None:
+    """Up to where vLLM knows caches of mixed precision (0.32): blocks are zeroed as their managers record them."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    if hasattr(KVCacheConfig, "has_mixed_precision_kv_cache"):
+        return
+
+    def needs_kv_cache_zeroing(config) -> bool:
+        kinds = {type(group.kv_cache_spec).__name__ for group in config.kv_cache_groups}
+        return config.has_mamba_layers or "WindowSpec" in kinds
+
+    KVCacheConfig.needs_kv_cache_zeroing = property(needs_kv_cache_zeroing)
 
 
 _most_tokens_ahead = 0
@@ -248,10 +316,11 @@ def widen_rows(tokens_ahead: int) -> None:
         kwargs["max_num_blocks_per_group"] = [width + -(-_most_tokens_ahead // size) for width, size in widths]
         inner(tables, *args, **kwargs)
 
-    _wrap(BlockTables, "__init__", __init__)
+    wrap(BlockTables, "__init__", __init__)
 
 
-def _wrap(owner: type, name: str, around, kind=lambda function: function) -> None:
+def wrap(owner: type, name: str, around, kind=lambda function: function) -> None:
+    """Has `around(the former one, ...)` answer for `owner.name` from now on; a second call changes nothing."""
     inner = getattr(owner, name)
     if hasattr(inner, "wrapped_by_kvarn"):
         return

@@ -8,15 +8,11 @@ sorts out which rows lie in which tile. There is no state here beyond one scratc
 from dataclasses import dataclass
 
 import torch
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder
 
 import kvarn
 
-from . import refuse
-from .backend import KvarnLayer
-
-logger = init_logger("vllm.kvarn")
+from .backend import KvarnLayer, check_causal, warn_replaced
 
 
 @dataclass
@@ -50,8 +46,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> Metadata:
         batch = common_attn_metadata
-        if batch.causal is not True:
-            raise refuse.Refused("kvarn serves causal attention only, this step asks for another mask")
+        check_causal(batch)
         query_starts = batch.query_start_loc[: batch.num_reqs + 1]
         # Dummy runs (warm-up, idle data-parallel ranks) come with lengths and with block table rows of an earlier
         # batch; only their slots, all -1, say that nothing may be written.
@@ -75,16 +70,11 @@ class Impl(KvarnLayer):
         if attn_metadata is None:  # a profiling run: there is no cache yet
             return output.fill_(0)
         step = attn_metadata
-        pages = kv_cache.flatten(1)[:, : self.layout.page_bytes]
-        batch = (self.layout, pages, step.block_table, step.seq_lens, step.query_starts)
+        batch = (self.layout, self.pages_of(kv_cache), step.block_table, step.seq_lens, step.query_starts)
         n = step.num_tokens
         replaced = kvarn.append(*batch, key[:n], value[:n], workspace=step.workspace, encoder=self.encoder)
         if replaced:
-            logger.warning_once(
-                "kvarn: the model produced %d keys or values in one step and layer that are not finite or beyond "
-                "65504; they were replaced. Further cases are not reported.",
-                replaced,
-            )
+            warn_replaced(replaced)
         kvarn.attend(
             *batch, query[:n], scale=self.scale, soft_cap=self.soft_cap, out=output[:n], workspace=step.workspace
         )

@@ -18,8 +18,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 import kvarn
 from kvarn import cuda
 
-from . import memory, prompts, refuse
-from .backend import KvarnLayer
+from . import memory, prompts
+from .backend import KvarnLayer, check_causal
 
 
 @dataclass
@@ -44,22 +44,22 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         layers = vllm_config.compilation_config.static_forward_context
         self.layer = layers[layer_names[0]].impl
         self.memory = memory.reserve(self.layer, vllm_config, device, layer_names[0])
+        self.decode_query = memory.Most.of(vllm_config).query
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> Metadata:
         batch, room, heads = common_attn_metadata, self.memory, self.layer.num_heads
-        if batch.causal is not True:
-            raise refuse.Refused("kvarn serves causal attention only, this step asks for another mask")
+        check_causal(batch)
         room.replaced.look()
         tokens, longest = batch.num_actual_tokens, batch.max_query_len
-        if self.layer.flash is None or longest <= self.reorder_batch_threshold:
+        if self.layer.flash is None or longest <= self.decode_query:
             plan = self._plan(batch, batch.num_reqs, tokens, heads, longest, room.decode)
             return Metadata(tokens, plan, plan, None, room.replaced.count)
-        # vLLM puts requests with few rows first.
+        # vLLM puts requests that decode first.
         starts = batch.query_start_loc_cpu
-        decoding = int((starts.diff() > self.reorder_batch_threshold).int().argmax())
+        decoding = int((starts.diff() > self.decode_query).int().argmax())
         rows = int(starts[decoding])
         append = self._plan(batch, batch.num_reqs, tokens, 0, longest, room.step)
-        attend = self._plan(batch, decoding, rows, heads, self.reorder_batch_threshold, room.decode) if rows else None
+        attend = self._plan(batch, decoding, rows, heads, self.decode_query, room.decode) if rows else None
         step = prompts.Step.of(batch, decoding, append, room.prompts)
         return Metadata(tokens, append, attend, step, room.replaced.count)
 
@@ -86,7 +86,13 @@ class Impl(KvarnLayer):
         super().__init__(*args, **kwargs)
         self.memory: memory.Memory | None = None
         self._config = get_current_vllm_config()
-        self.flash = prompts.flash_version(self._config, self.head_size)  # None: kvarn's attention takes prompts too
+        # None: kvarn's attention takes prompts too.
+        self.flash = prompts.flash_version(self._config, self.head_size, self.sinks is not None)
+        self._logits: torch.Tensor | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        if self.sinks is not None:
+            self._logits = self.sinks.float()
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
@@ -96,17 +102,21 @@ class Impl(KvarnLayer):
             self.memory = self.memory or memory.reserve(self, self._config, query.device)
             return output.fill_(0)
         step, n = attn_metadata, attn_metadata.tokens
-        pages = kv_cache.flatten(1)[:, : self.layout.page_bytes]
+        pages = self.pages_of(kv_cache)
         kvarn.append(
             self.layout, pages, None, None, None, key[:n], value[:n], encoder=self.encoder, plan=step.append,
             replaced=step.replaced,
         )  # fmt: skip
         options = {"scale": self.scale, "soft_cap": self.soft_cap}
+        # Prompts first. Attention that follows an append directly reads packed tiles before that append has ended,
+        # unless its own plan says that the step completes some; this plan does not know of the prompts' tiles, which a
+        # request that hits them in the same step reads.
+        if step.prompts is not None:
+            step.prompts.attend(pages, query[:n], output[:n], self.flash, sinks=self.sinks, **options)
         if step.attend is not None:
             rows = step.attend.tokens
             kvarn.attend(
-                self.layout, pages, None, None, None, query[:rows], out=output[:rows], plan=step.attend, **options
-            )
-        if step.prompts is not None:
-            step.prompts.attend(pages, query[:n], output[:n], self.flash, **options)
+                self.layout, pages, None, None, None, query[:rows], out=output[:rows], plan=step.attend,
+                sinks=self._logits, **options,
+            )  # fmt: skip
         return output

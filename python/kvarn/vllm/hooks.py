@@ -16,6 +16,15 @@ def check_config(vllm_config) -> None:
         from . import refuse
 
         refuse.check_config(preset, vllm_config)
+        refuse.leave_windows(vllm_config)
+
+
+def settle_blocks(vllm_config) -> None:
+    """The model's layers exist and vLLM chose a block size: now ours for models that do not only have packed layers."""
+    if preset_of(vllm_config) is not None:
+        from . import blocks
+
+        blocks.settle(vllm_config)
 
 
 def backend_path(selector) -> str | None:
@@ -27,15 +36,20 @@ def backend_path(selector) -> str | None:
 
     refuse.check_layer(preset, selector)
     compat.wrap_layer_spec(layer_spec)
+    if compat.platform_name() == "cuda":
+        compat.mix_windows(preset_of)
     return backend.path_of(preset)
 
 
-def register_specs() -> None:
+def register_specs(vllm_config) -> None:
     """vLLM's own cache specs are registered; ours come next."""
-    from . import compat, spec
+    from . import compat, offload, spec
 
     spec.register()
     compat.widen_mixed_rows()
+    compat.zero_windows()
+    if vllm_config.kv_transfer_config is not None and preset_of(vllm_config) is not None:
+        offload.install()
 
 
 def layer_spec(layer, made, vllm_config):

@@ -9,11 +9,10 @@ from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from vllm.logger import init_logger
 
 import kvarn
 
-logger = init_logger("vllm.kvarn")
+from .backend import warn_replaced
 
 
 class Memory:
@@ -25,7 +24,7 @@ class Memory:
     """
 
     def __init__(self, layout, query_heads: int, most: "Most", dtype, device, prompts: bool):
-        tokens, rows, requests, longest = most
+        tokens, _, rows, requests, longest = most
         if prompts:
             self.decode = kvarn.CudaWorkspace(layout, rows, requests, query_heads, longest, device)
             self.step = kvarn.CudaWorkspace(layout, tokens, requests, 0, longest, device)
@@ -40,7 +39,8 @@ class Most(NamedTuple):
     """What no step of an engine exceeds."""
 
     tokens: int
-    decode_rows: int  # of the requests that decode, padded as CUDA graphs are
+    query: int  # rows of a request that decodes: the verification of drafts, and a draft model takes one row more
+    decode_rows: int  # of all requests that decode, padded as CUDA graphs are
     requests: int
     length: int
 
@@ -48,9 +48,9 @@ class Most(NamedTuple):
     def of(cls, config) -> "Most":
         scheduler, drafts = config.scheduler_config, config.speculative_config
         tokens, requests = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-        rows = requests * (1 + (drafts.num_speculative_tokens if drafts else 0))
-        rows = max(rows, config.compilation_config.max_cudagraph_capture_size or 0)
-        return cls(tokens, min(tokens, rows), requests, config.model_config.max_model_len)
+        query = 2 + drafts.num_speculative_tokens if drafts else 1
+        rows = max(requests * query, config.compilation_config.max_cudagraph_capture_size or 0)
+        return cls(tokens, query, min(tokens, rows), requests, config.model_config.max_model_len)
 
 
 class Prompts:
@@ -87,11 +87,7 @@ class Replaced:
         """Once a step; warns once. What it sees is the count of some steps ago."""
         if self._steps % self.EVERY == 0:
             if found := int(self._seen):
-                logger.warning_once(
-                    "kvarn: the model produced %d keys or values that are not finite or beyond 65504; they were "
-                    "replaced. Further cases are not reported.",
-                    found,
-                )
+                warn_replaced(found)
             self._seen.copy_(self.count, non_blocking=True)
         self._steps += 1
 

@@ -17,10 +17,12 @@ from kvarn import cuda
 from . import refuse
 
 
-def flash_version(config, head_dim: int) -> int | None:
+def flash_version(config, head_dim: int, has_sinks: bool) -> int | None:
     """Which FlashAttention computes prompts; None: kvarn's attention does, as asked, or because there is none."""
     exact = refuse.prompts_of(config) == "exact" or vllm.envs.VLLM_BATCH_INVARIANT
     if exact or not fa_utils.is_flash_attn_varlen_func_available():
+        return None
+    if has_sinks and not fa_utils.flash_attn_supports_sinks():
         return None
     return fa_utils.get_flash_attn_version(head_size=head_dim)
 
@@ -67,8 +69,11 @@ class Step:
             group.longest = max(group.longest, length)
         return cls(plan, groups, starts[first], room)
 
-    def attend(self, pages, query, output, flash: int, scale: float, soft_cap: float) -> None:
-        """query, output [tokens, heads, head_dim] of the whole step; rows from `first_row` on are written."""
+    def attend(self, pages, query, output, flash: int, scale: float, soft_cap: float, sinks) -> None:
+        """query, output [tokens, heads, head_dim] of the whole step; rows from `first_row` on are written.
+
+        sinks  None, or [heads], as the model has them
+        """
         room, layout = self.room, self.plan.layout
         rotated = torch.empty_like(query)
         cuda.rotate(query[self.first_row :], out=rotated[self.first_row :])
@@ -94,5 +99,6 @@ class Step:
                 softcap=soft_cap,
                 num_splits=1,  # one pass over the keys: a row's bits do not depend on what else is in the step
                 fa_version=flash,
+                s_aux=sinks,
             )
         cuda.rotate(output[self.first_row :], out=output[self.first_row :])

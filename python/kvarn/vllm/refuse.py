@@ -10,14 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import kvarn
+from kvarn import cuda
 
 from . import compat
 
 ENCODERS = ("weighted", "varnorm")
 # Whose attention computes prompts on a GPU: FlashAttention's, or kvarn's own, whose bits no schedule changes.
 PROMPTS = ("flash", "exact")
-# Proposers that look at tokens only. Others bring layers of their own, untested so far.
-DRAFT_METHODS = ("ngram", "suffix")
+# Proposers whose layers, if they have any, attend causally to their own tokens, one draft after the other.
+DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator", "eagle", "eagle3", "mtp", "draft_model")
+# Connectors that hand over full blocks only: packed tiles, which nobody writes again.
+WHOLE_BLOCK_CONNECTORS = ("OffloadingConnector",)
 USE_16_BIT = "serve this model with --kv-cache-dtype auto"
 
 
@@ -59,23 +62,34 @@ def check_layer(preset: str, selector) -> None:
         {
             "multi-head latent attention": selector.use_mla,
             "sparse attention": selector.use_sparse,
-            "attention sinks": selector.has_sink,
+            "attention sinks": selector.has_sink and compat.platform_name() != "cuda",
             "bidirectional prefixes": selector.use_mm_prefix,
             "attention that is not a decoder's own": not decoder,
-            "a sliding window (try --kv-cache-dtype-skip-layers sliding_window)": getattr(
-                selector, "has_sliding_window", False
-            ),
+            "a sliding window": getattr(selector, "has_sliding_window", False),
             "attention without a causal mask": getattr(selector, "use_non_causal", False),
         },
     )
     kvarn.Layout(preset, head_dim=selector.head_size, kv_heads=1)
 
 
-def check_impl(preset: str, attn_type, **arguments) -> None:
+def check_impl(layout, query_heads: int, attn_type, **arguments) -> None:
     """Raises Refused if a layer's constructor got something that the kernels do not compute."""
     decoder = str(getattr(attn_type, "value", attn_type)) == "decoder"
     present = {name: not _is_default(value) for name, value in arguments.items()}
-    _refuse_layer(preset, present | {f"attention of type {attn_type}": not decoder})
+    _refuse_layer(layout.preset, present | {f"attention of type {attn_type}": not decoder})
+    if lacking := _no_kernels(layout, query_heads):  # a draft model's layers are in no configuration that we saw
+        raise Refused(f"--kv-cache-dtype {layout.preset}: {lacking}; {USE_16_BIT}")
+
+
+def leave_windows(config) -> None:
+    """Leaves the layers of `config` (a VllmConfig) that have a sliding window in 16 bits, as if a user had said so."""
+    skipped = config.cache_config.kv_cache_dtype_skip_layers
+    if config.model_config is None or config.model_config.get_sliding_window() is None or "sliding_window" in skipped:
+        return
+    from vllm.logger import init_logger  # not needed by `kvarn doctor`, which only lists LIMITS
+
+    skipped.append("sliding_window")
+    init_logger("vllm.kvarn").info("kvarn: layers with a sliding window keep 16 bits; full-attention layers are packed")
 
 
 def _is_default(value) -> bool:
@@ -118,10 +132,10 @@ def _hooks(preset, config):
 
 def _platform(preset, config):
     name = compat.platform_name()
-    if name not in ("cpu", "cuda"):
-        return f"this is vLLM's {name} platform"
     if name == "cpu":
         return None
+    if name != "cuda":
+        return f"this is vLLM's {name} platform"
     if not kvarn.cuda_shapes():
         return "this kvarn was built without CUDA kernels"
     found = compat.capability()
@@ -130,7 +144,8 @@ def _platform(preset, config):
 
 def _choices(preset, config):
     try:
-        encoder_of(config), prompts_of(config)
+        for choice in (encoder_of, prompts_of):
+            choice(config)
     except Refused as error:
         return str(error)
     return None
@@ -148,9 +163,14 @@ def _heads(preset, config):
         layout = kvarn.Layout(preset, head_dim=model.get_head_size(), kv_heads=model.get_num_kv_heads(parallel))
     except ValueError as error:
         return str(error)
-    ratio, most = model.get_num_attention_heads(parallel) / layout.kv_heads, 64
+    return _no_kernels(layout, model.get_num_attention_heads(parallel))
+
+
+def _no_kernels(layout, query_heads: int) -> str | None:
+    """What this platform's kernels lack for a layer."""
+    ratio, most = query_heads / layout.kv_heads, 64
     if compat.platform_name() == "cuda":
-        most, shape = 16, f"{preset.removeprefix('kvarn_')}_d{layout.head_dim}"
+        most, shape = cuda.MOST_GROUP, f"{layout.preset.removeprefix('kvarn_')}_d{layout.head_dim}"
         if shape not in kvarn.cuda_shapes():
             return f"this kvarn has no CUDA kernels of {shape}, but of {', '.join(kvarn.cuda_shapes())}"
     return None if ratio <= most else f"the model has {ratio:g} query heads per KV head, and {most} is the most"
@@ -159,11 +179,8 @@ def _heads(preset, config):
 def _windows(preset, config):
     if config.model_config is None or config.model_config.get_sliding_window() is None:
         return None
-    if "sliding_window" not in config.cache_config.kv_cache_dtype_skip_layers:
-        return "the model has sliding-window layers"
-    if config.scheduler_config.disable_hybrid_kv_cache_manager:
-        return "the model has sliding-window layers and the hybrid KV cache manager is disabled"
-    return None
+    disabled = config.scheduler_config.disable_hybrid_kv_cache_manager
+    return "the model has sliding-window layers and the hybrid KV cache manager is disabled" if disabled else None
 
 
 def _chunked(preset, config):
@@ -175,6 +192,11 @@ def _parallel(preset, config):
     parallel = config.parallel_config
     sizes = [getattr(parallel, f"{kind}_context_parallel_size", 1) for kind in ("decode", "prefill")]
     return "context parallelism is on" if max(sizes) > 1 else None
+
+
+def _hybrid(preset, config):
+    hybrid = getattr(config.model_config, "is_hybrid", False) and compat.platform_name() == "cpu"
+    return "the model mixes attention with state-space layers, on a CPU" if hybrid else None
 
 
 def _stages(preset, config):
@@ -193,8 +215,8 @@ def _drafts(preset, config):
     drafts, model = config.speculative_config, config.model_config
     if drafts is None or model is None:
         return None
-    if drafts.method not in DRAFT_METHODS:
-        return f"speculative method {drafts.method}"
+    if drafts.method not in DRAFT_METHODS or getattr(drafts, "parallel_drafting", False):
+        return f"speculative method {drafts.method}{', in parallel' * (drafts.method in DRAFT_METHODS)}"
     if _heads(preset, config) or model.use_mla:
         return None
     asked, most = drafts.num_speculative_tokens, kvarn.Layout(preset, model.get_head_size(), 1).raw_tokens_per_page
@@ -202,7 +224,10 @@ def _drafts(preset, config):
 
 
 def _connector(preset, config):
-    return "a KV connector is configured" if config.kv_transfer_config is not None else None
+    transfer = config.kv_transfer_config
+    if transfer is None or getattr(transfer, "kv_connector", None) in WHOLE_BLOCK_CONNECTORS:
+        return None
+    return f"the KV connector {getattr(transfer, 'kv_connector', None)} is configured"
 
 
 def _two_batches(preset, config):
@@ -219,20 +244,20 @@ LIMITS = (
     Limit("options of kvarn's that do not exist", "name one of these, or leave the option out", _choices),
     Limit("head sizes and ratios without kernels", USE_16_BIT, _heads),
     Limit("multi-head latent attention (MLA)", USE_16_BIT, _model("use_mla", "has multi-head latent attention")),
-    Limit("hybrid models with state-space layers", USE_16_BIT, _model("is_hybrid", "mixes attention with state-space")),
+    Limit("hybrid models with state-space or linear-attention layers, on CPUs", USE_16_BIT, _hybrid),
     Limit("encoder-decoder models", USE_16_BIT, _model("is_encoder_decoder", "has cross attention")),
     Limit("bidirectional prefixes", USE_16_BIT, _model("is_mm_prefix_lm", "attends to its prefix in both directions")),
     Limit("reference sliding windows", USE_16_BIT, _model("rswa_window", "has reference sliding windows")),
     Limit("chunked local attention", USE_16_BIT, _chunked),
-    Limit(
-        "quantized sliding windows",
-        "leave these layers in 16 bits: --kv-cache-dtype-skip-layers sliding_window, hybrid KV cache manager enabled",
-        _windows,
-    ),
+    Limit("sliding windows without the hybrid KV cache manager", "leave it enabled", _windows),
     Limit("context parallelism", "use tensor, pipeline or data parallelism", _parallel),
     Limit("16-bit layers under pipeline parallelism", "pack every layer, or use tensor parallelism", _stages),
     Limit("blocks that are not whole tiles", "leave --block-size out", _block_size),
-    Limit("too many drafts, or drafts of a model", "use ngram or suffix, with fewer drafts", _drafts),
-    Limit("KV connectors, which may hand over unfinished tiles", "remove --kv-transfer-config", _connector),
+    Limit("too many drafts, or drafts in parallel", "use another method, or fewer drafts", _drafts),
+    Limit(
+        "KV connectors that may hand over unfinished tiles",
+        "remove --kv-transfer-config; --kv-offloading-size is served",
+        _connector,
+    ),
     Limit("dual batch overlap", "leave --enable-dbo out", _two_batches),
 )

@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 import kvarn
 
-from . import compat, refuse
+from . import blocks, compat, refuse
 from .hooks import preset_of
 
 
@@ -33,8 +33,7 @@ class AheadSpec(FullAttentionSpec):
     @classmethod
     def of(cls, spec: FullAttentionSpec, **changes) -> Self:
         """`spec`, field by field, as a spec of this class."""
-        kept = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        return cls(**(kept | changes))
+        return cls(**(_fields(spec) | changes))
 
     def max_memory_usage_bytes(self, vllm_config) -> int:
         tokens = vllm_config.model_config.max_model_len + self.tokens_ahead
@@ -77,11 +76,28 @@ class KvarnSpec(AheadSpec):
         return self.real_page_size_bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec(SlidingWindowSpec):
+    """A 16-bit windowed layer of a model whose other layers are packed."""
+
+    @classmethod
+    def of(cls, spec: SlidingWindowSpec, **changes) -> Self:
+        return cls(**(_fields(spec) | changes))
+
+
+def _fields(spec) -> dict:
+    return {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
+
+
 class KvarnManager(FullAttentionManager):
     """Full attention for requests that hold pages ahead, counted in tokens, since a block may hold many tiles."""
 
     # Only packed data exists for other requests to hit, so a hit must end at a tile edge.
     supports_fine_grained_hash_lookup = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._record_new_block_ids = False  # to be zeroed: the library reads nothing that was not written
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
         num_tokens += self.kv_cache_spec.tokens_ahead
@@ -92,10 +108,20 @@ class KvarnManager(FullAttentionManager):
         return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
 
 
+class WindowManager(SlidingWindowManager):
+    """Windowed layers, whose new blocks have to be zeroed: a packed page that was there before may read as NaN, and
+    vLLM's attention multiplies what it masks by zero."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._record_new_block_ids = True
+
+
 def register() -> None:
-    """Tells vLLM which manager serves our specs. They group with full attention, as an isinstance test would anyway."""
+    """Tells vLLM which manager serves our specs. They group with its own kind, as an isinstance test would anyway."""
     for spec in (KvarnSpec, AheadSpec):
         KVCacheSpecRegistry.register(spec, KvarnManager, uniform_type_base_spec=FullAttentionSpec)
+    KVCacheSpecRegistry.register(WindowSpec, WindowManager, uniform_type_base_spec=SlidingWindowSpec)
 
 
 def packed(spec: FullAttentionSpec, preset: str, tokens_ahead: int | None = None) -> KvarnSpec:
@@ -110,8 +136,7 @@ def packed(spec: FullAttentionSpec, preset: str, tokens_ahead: int | None = None
         spec,
         dtype=torch.uint8,
         tokens_ahead=layout.pages_ahead * layout.page_tokens if tokens_ahead is None else tokens_ahead,
-        # Rounded up: a page of H records need not divide by its tokens (head_dim 80 and 96).
-        bytes_per_token=-(-layout.page_bytes // layout.page_tokens),
+        bytes_per_token=blocks.page_bytes(layout) // layout.page_tokens,
     )
 
 
@@ -119,14 +144,18 @@ def of_layer(layer, made, vllm_config):
     """The spec of `layer` (an Attention module) in a model served with a preset, where vLLM `made` its own.
 
     All full-attention layers of the model hold the same number of tokens ahead, packed or not, because vLLM lets them
-    share block ids and asks the first one's manager for all. Other kinds of 16-bit layers keep vLLM's spec.
+    share block ids and asks the first one's manager for all. Layers with windows get blocks that fit into a packed
+    layer's. Other kinds of 16-bit layers keep vLLM's spec.
     """
     preset = preset_of(vllm_config)
-    if made is None or (type(made) is not FullAttentionSpec and layer.kv_cache_dtype != preset):
+    if made is None or (type(made) not in (FullAttentionSpec, SlidingWindowSpec) and layer.kv_cache_dtype != preset):
         return made
     layers = vllm_config.compilation_config.static_forward_context.values()
-    sizes = {other.head_size for other in layers if getattr(other, "kv_cache_dtype", None) == preset}
-    layouts = [kvarn.Layout(preset, head_dim=size, kv_heads=1) for size in sizes]
+    packing = [other for other in layers if getattr(other, "kv_cache_dtype", None) == preset]
+    layouts = [kvarn.Layout(preset, other.head_size, other.num_kv_heads) for other in packing]
+    if layer.kv_cache_dtype != preset and type(made) is SlidingWindowSpec:
+        smallest = min(layouts, key=blocks.page_bytes)
+        return WindowSpec.of(made, **blocks.of_windows(made, smallest, vllm_config.cache_config.block_size))
     tokens_ahead = max(layout.pages_ahead * layout.page_tokens for layout in layouts)
     compat.widen_rows(tokens_ahead)
     if layer.kv_cache_dtype == preset:

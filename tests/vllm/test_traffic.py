@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KVARN_TRAFFIC_SECONDS of random traffic: requests come, share prefixes, are given up, are preempted."""
+
+import os
+import random
+import time
+
+import pytest
+from engine import GRAPHS, ON_GPU, RUNNER, Engine, first_difference, ngram
+from vllm import SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not ON_GPU, reason="vLLM's CUDA platform"),
+    pytest.mark.usefixtures("row_by_row"),
+]
+SECONDS = float(os.environ.get("KVARN_TRAFFIC_SECONDS", "20"))
+MOST = {"max_model_len": 1600, "max_num_seqs": 12, "max_num_batched_tokens": 700}
+KEPT = 24  # answers that a fresh engine has to repeat
+
+
+class Traffic:
+    """Starts requests at random and keeps a sample of their answers."""
+
+    def __init__(self, engine: Engine, words: list[int], seed: int):
+        self.engine, self.core, self.words = engine, engine.llm.llm_engine, words
+        self.draw = random.Random(seed)
+        self.asked, self.kept, self.given_up, self.done = {}, [], 0, 0
+
+    def prompt(self) -> list[int]:
+        draw, words = self.draw, self.words
+        shared = words[: draw.choice((0, 0, 128, 300, 640))]
+        start, length = draw.randrange(len(words) - 800), min(800, int(2 ** draw.uniform(1, 9.6)))
+        return shared + words[start : start + length]
+
+    def run(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        number = 0
+        while time.monotonic() < until or self.core.has_unfinished_requests():
+            while time.monotonic() < until and len(self.asked) < 30 and self.draw.random() < 0.5:
+                tokens = int(2 ** self.draw.uniform(0, 7.5))
+                params = SamplingParams(
+                    temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False
+                )
+                self.asked[name := str(number)] = (self.prompt(), tokens)
+                self.core.add_request(name, {"prompt_token_ids": self.asked[name][0]}, params)
+                number += 1
+            if self.asked and self.draw.random() < 0.02:
+                name = self.draw.choice(list(self.asked))
+                self.core.abort_request([name])
+                del self.asked[name]
+                self.given_up += 1
+            for output in self.core.step():
+                if output.finished and output.request_id in self.asked:
+                    self._finished(output)
+
+    def _finished(self, output) -> None:
+        question, self.done = self.asked.pop(output.request_id), self.done + 1
+        if len(self.kept) < KEPT:
+            self.kept.append((*question, self.engine.answer(output)))
+        elif self.draw.random() < KEPT / self.done:
+            self.kept[self.draw.randrange(KEPT)] = (*question, self.engine.answer(output))
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_random_traffic(small_model, prompts, drafts):
+    words = [token for prompt in prompts for token in prompt]
+    options = GRAPHS | MOST | (ngram(drafts) if drafts else {})
+    with Engine(small_model, **options, enable_prefix_caching=True, num_gpu_blocks_override=70) as engine:
+        pool = engine.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        free = pool.get_num_free_blocks()
+        traffic = Traffic(engine, words, seed=drafts + 10 * int(RUNNER))
+        traffic.run(SECONDS)
+        counters = engine.counters()
+        assert pool.get_num_free_blocks() == free  # no page is left behind
+    print("traffic", drafts, RUNNER, traffic.done, "done", traffic.given_up, "given up", counters)
+    assert traffic.done > KEPT and traffic.given_up > 0
+    assert counters["preemptions"] > 0 and counters["hits"] > 0
+    with Engine(small_model, **MOST) as engine:
+        for question, tokens, answer in traffic.kept:
+            assert first_difference([answer], engine.run([question], tokens=tokens)) is None
