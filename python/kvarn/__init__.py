@@ -53,7 +53,11 @@ def cuda_available() -> bool:
 
 
 def __getattr__(name: str):
-    # These need torch, which numpy users may not have.
+    # These need torch, or torch and transformers, which numpy users may not have.
+    if name == "hf":
+        import importlib
+
+        return importlib.import_module("kvarn.hf")
     if name in ("CudaWorkspace", "Plan", "plan"):
         from kvarn import cuda
 

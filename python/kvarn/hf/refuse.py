@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kvarn.hf.Cache cannot serve, said when it is made."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+from transformers import cache_utils as tf
+
+import kvarn
+
+ENCODERS = ("weighted", "varnorm")
+
+
+def refuse(config: PreTrainedConfig, preset: str, encoder: str) -> None:
+    """Raises TypeError, ValueError or NotImplementedError with what was given, what is allowed and what to do."""
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(f"config is {type(config).__name__}; it must be a model's config: Cache(model.config)")
+    if encoder not in ENCODERS:
+        raise ValueError(f"encoder is {encoder!r}; it must be one of {', '.join(ENCODERS)}")
+    decoder = config.get_text_config(decoder=True)
+    name = decoder.model_type
+    if config.is_encoder_decoder or decoder.is_encoder_decoder:
+        raise NotImplementedError(f"{name} is an encoder-decoder; kvarn serves decoder-only models")
+    if getattr(decoder, "kv_lora_rank", None):
+        raise NotImplementedError(f"{name} has multi-head latent attention (MLA), whose cache kvarn does not serve")
+    if getattr(decoder, "num_kv_shared_layers", None):
+        raise NotImplementedError(f"{name} has layers that share keys and values; kvarn does not serve them")
+    kinds = [type(layer) for layer in tf.DynamicCache(config=decoder).layers]
+    kept = {tf.DynamicLayer, tf.DynamicSlidingWindowLayer}
+    if others := {kind.__name__ for kind in kinds} - {kind.__name__ for kind in kept}:
+        raise NotImplementedError(
+            f"{name} has cache layers of kind {', '.join(sorted(others))}; kvarn serves full attention"
+        )
+    if tf.DynamicLayer not in kinds:
+        raise NotImplementedError(f"every layer of {name} has a sliding window: there is nothing to pack")
+    kvarn.Layout(preset, _head_dim(decoder), kv_heads=1)
+
+
+def _head_dim(decoder: PreTrainedConfig) -> int:
+    """Of full-attention layers; those of Gemma 4 have a head_dim of their own."""
+    for field in ("global_head_dim", "head_dim"):
+        if getattr(decoder, field, None):
+            return getattr(decoder, field)
+    return decoder.hidden_size // decoder.num_attention_heads
