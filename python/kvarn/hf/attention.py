@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .layer import Pending
 
@@ -29,11 +29,12 @@ class Mask:
 
     @cached_property
     def boolean(self) -> torch.Tensor | None:
+        """bool [batch, 1, rows, columns], or None where is_causal of scaled_dot_product_attention says the same."""
         return sdpa_mask(**self._arguments)
 
-    @cached_property
-    def additive(self) -> torch.Tensor | None:
-        return eager_mask(**self._arguments)
+    def contiguous(self) -> torch.Tensor:
+        """The whole mask. transformers calls this for caches that it compiles, which are never kvarn's."""
+        return sdpa_mask(**self._arguments | {"allow_is_causal_skip": False}).contiguous()
 
 
 def mask(mask_function=causal_mask_function, attention_mask=None, local_size=None, **arguments) -> Mask:
@@ -72,7 +73,9 @@ def _as_before(module, query, key, value, attention_mask, **kwargs):
         raise NotImplementedError(
             f"{type(module).__name__} has sinks or a soft cap and no eager attention to fall back on"
         )
-    dense = attention_mask.additive if isinstance(attention_mask, Mask) else attention_mask
+    dense = attention_mask.contiguous() if isinstance(attention_mask, Mask) else attention_mask
+    if dense is not None and dense.dtype == torch.bool:
+        dense = torch.where(dense, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     return eager(module, query, key, value, dense, **kwargs)
 
 

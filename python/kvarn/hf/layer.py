@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 import kvarn
 
-from .rows import Rows
+from .rows import Rows, Step
 
 
 class Pending(torch.Tensor):
@@ -78,9 +78,9 @@ class Layer(CacheLayerMixin):
             raise NotImplementedError("a kvarn cache grows on the host: run the model without torch.compile")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.device != self.pages.device:
+        if key_states.device != (here := self.pages.device):
             raise ValueError(
-                f"keys are on {key_states.device}, this layer's pages on {self.pages.device}: move them, cache.to(device)"
+                f"keys are on {key_states.device}, this layer's pages on {here}: move them, cache.to(device)"
             )
         pending = key_states.as_subclass(Pending), value_states.as_subclass(Pending)
         for marked in pending:
@@ -96,15 +96,19 @@ class Layer(CacheLayerMixin):
         """
         step = self._step(query, padding)
         self._grow(step)
-        q, (k, v) = step.tokens_of(query), map(step.tokens_of, states)
-        tables, plan = step.tables(q.device), step.plan(q.device, self.layout, q.shape[1])
-        kwargs = {} if plan is None else {"plan": plan, "sinks": sinks}
-        self.replaced += kvarn.append(self.layout, self.pages, *tables, k, v, encoder=self.encoder, plan=plan) or 0
-        out = kvarn.attend(self.layout, self.pages, *tables, q, scale=scale, soft_cap=soft_cap, **kwargs)
+        q, k, v = map(step.tokens_of, (query, *states))
+        out = self._attend(step, q, k, v, scale, soft_cap, sinks) if step.tokens else q
         self.columns = step.end
         return step.columns_of(out)
 
-    def _step(self, query: torch.Tensor, padding: torch.Tensor | None):
+    def _attend(self, step: Step, q, k, v, scale: float, soft_cap: float, sinks) -> torch.Tensor:
+        """q, k, v [tokens, heads, head_dim]: all of append before all of attend."""
+        batch = self.layout, self.pages, *step.tables(q.device)
+        plan = step.plan(q.device, self.layout, q.shape[1])
+        self.replaced += kvarn.append(*batch, k, v, encoder=self.encoder, plan=plan) or 0
+        return kvarn.attend(*batch, q, scale=scale, soft_cap=soft_cap, sinks=sinks, plan=plan)
+
+    def _step(self, query: torch.Tensor, padding: torch.Tensor | None) -> Step:
         """The step in progress, or a new one if this layer is the first in it."""
         columns = query.shape[2]
         if self.columns == self.rows.columns:
@@ -117,7 +121,7 @@ class Layer(CacheLayerMixin):
             )
         return step
 
-    def _grow(self, step) -> None:
+    def _grow(self, step: Step) -> None:
         if step.capacity > self.pages.shape[0]:
             grown = torch.empty((step.capacity, self.pages.shape[1]), dtype=torch.uint8, device=self.pages.device)
             grown[: self.pages.shape[0]] = self.pages
