@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 import kvarn  # noqa: E402
 from kvarn import reference  # noqa: E402
-from models import KINDS, generate, kvarn_cache, logits, prompt, tiny  # noqa: E402
+from models import KINDS, generate, kvarn_cache, logits, needs_5, prompt, tiny  # noqa: E402
 from transformers import DynamicCache, StaticCache  # noqa: E402
 
 SINKS = {"gpt_oss"}
@@ -74,7 +74,7 @@ def test_padded_batch_answers_as_each_prompt_alone(model):
         assert torch.equal(answers[row, start:], one[0]), f"row {row}"
 
 
-@pytest.mark.parametrize("padded", [0, 150])
+@pytest.mark.parametrize("padded", [0, pytest.param(150, marks=needs_5)])
 def test_chunked_prefill(model, padded):
     ids, mask = prompt(2, 300, device=model.device), torch.ones(2, 300, dtype=torch.long, device=model.device)
     mask[0, :padded] = 0
@@ -107,6 +107,7 @@ def test_sampling_is_reproducible(model):
     assert torch.equal(*answers) and len(answers[0]) == 3
 
 
+@needs_5
 @pytest.mark.parametrize("drafts", [3, 20])
 def test_prompt_lookup_answers_as_greedy(model, drafts):
     # A prompt that repeats itself, so that drafts are found; and 90 tokens, so that a tile is completed on the way.
@@ -157,6 +158,7 @@ def test_select_and_repeat(model):
     assert cache.batch_size == 4
 
 
+@needs_5
 def test_crop_and_again(model):
     ids, cache = prompt(1, 290, device=model.device), kvarn_cache(model.config)
     cache.activate_past_recording()
@@ -170,6 +172,7 @@ def test_crop_and_again(model):
     assert {layer.get_seq_length() for layer in cache.layers} == {290}
 
 
+@needs_5
 def test_other_caches_work_as_before(model):
     ids, mask = prompt(2, 120, device=model.device), torch.ones(2, 120, dtype=torch.long, device=model.device)
     mask[1, :50] = 0

@@ -153,12 +153,20 @@ def test_beams_share_what_is_packed():
     assert player.rows.sequences.capacity - len(player.rows.sequences._free) == one + 3 * (1 + layout().pages_ahead)
 
 
-def test_pages_grow_by_a_quarter(device):
+def test_pages_grow_by_a_sixteenth(device):
     player, sizes = Player(device=device), set()
     for part in random_tokens(10, 1, 4000).split(100, dim=1):
         player.step(part)
         sizes.add(len(player.layers[0].pages))
-    assert len(sizes) <= 12 and max(sizes) <= 1.25 * (-(-4000 // 128) + layout().pages_ahead)
+    assert len(sizes) <= 30 and max(sizes) <= 17 / 16 * (-(-4000 // 128) + layout().pages_ahead)
+
+
+def test_a_mask_that_hides_nothing_may_be_left_out():
+    tokens, player = random_tokens(13, 2, 12), Player()
+    player.step(tokens[:, :5], torch.ones(2, 5, dtype=torch.bool))
+    player.step(tokens[:, 5:10])
+    out = player.step(tokens[:, 10:], torch.ones(2, 12, dtype=torch.bool))
+    assert_rows_alone(player, out, tokens.tolist(), [2, 2], torch.ones(2, 2, dtype=torch.bool))
 
 
 def test_wrong_batches_and_masks_are_refused():

@@ -52,13 +52,14 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if not isinstance(key, Pending):
         return _as_before(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     _refuse(module, query, attention_mask, dropout, kwargs)
+    sinks = kwargs.get("s_aux")
     out = key.layer.attend(
         query,
         key.step_states,
         attention_mask.padding if isinstance(attention_mask, Mask) else None,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         soft_cap=kwargs.get("softcap") or 0.0,
-        sinks=kwargs.get("s_aux"),
+        sinks=None if sinks is None else sinks.float(),
     )
     return out, None
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 from transformers import cache_utils as tf
 
 from . import attention
@@ -23,7 +23,7 @@ class Cache(tf.Cache):
     Raises ValueError or NotImplementedError, with the reason, for models that it cannot serve.
     """
 
-    def __init__(self, config: PreTrainedConfig, preset: str = "kvarn_k4v2_g128", encoder: str = "weighted"):
+    def __init__(self, config: PretrainedConfig, preset: str = "kvarn_k4v2_g128", encoder: str = "weighted"):
         refuse(config, preset, encoder)
         decoder = config.get_text_config(decoder=True)
         self.preset, self.rows = preset, Rows()

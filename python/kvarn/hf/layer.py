@@ -35,8 +35,8 @@ class Pending(torch.Tensor):
         raise RuntimeError(
             f"{getattr(func, '__name__', func)} was called on the keys or values of a kvarn cache: this model does not "
             "attend with kvarn. Call model.set_attn_implementation('kvarn') (a kvarn.hf.Cache does so for the config "
-            "that it is made with: make it with model.config). If that is set, this model changes keys or values "
-            "between cache and attention, and cannot be served"
+            "that it is made with: make it with model.config). If that is set, this model is under torch.compile, or "
+            "changes keys and values between cache and attention: neither can be served"
         )
 
     def __repr__(self, **_) -> str:
@@ -134,7 +134,9 @@ class Layer(CacheLayerMixin):
         if self.pages is not None:
             self.pages = self.pages.to(device)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        if isinstance(query_length, torch.Tensor):  # transformers 4 gives the positions of the queries
+            query_length = query_length.shape[0]
         return self.columns + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -142,6 +144,8 @@ class Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 4
 
     def reset(self) -> None:
         self.pages, self.layout, self.is_initialized, self.columns, self.replaced = None, None, False, 0, 0

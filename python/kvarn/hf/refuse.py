@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 from transformers import cache_utils as tf
 
 import kvarn
 
 ENCODERS = ("weighted", "varnorm")
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-def refuse(config: PreTrainedConfig, preset: str, encoder: str) -> None:
+def refuse(config: PretrainedConfig, preset: str, encoder: str) -> None:
     """Raises TypeError, ValueError or NotImplementedError with what was given, what is allowed and what to do."""
-    if not isinstance(config, PreTrainedConfig):
+    if not isinstance(config, PretrainedConfig):
         raise TypeError(f"config is {type(config).__name__}; it must be a model's config: Cache(model.config)")
     if encoder not in ENCODERS:
         raise ValueError(f"encoder is {encoder!r}; it must be one of {', '.join(ENCODERS)}")
@@ -26,17 +27,19 @@ def refuse(config: PreTrainedConfig, preset: str, encoder: str) -> None:
     if getattr(decoder, "num_kv_shared_layers", None):
         raise NotImplementedError(f"{name} has layers that share keys and values; kvarn does not serve them")
     kinds = [type(layer) for layer in tf.DynamicCache(config=decoder).layers]
-    kept = {tf.DynamicLayer, tf.DynamicSlidingWindowLayer}
-    if others := {kind.__name__ for kind in kinds} - {kind.__name__ for kind in kept}:
+    names = {kind.__name__ for kind in kinds} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    names |= set(getattr(decoder, "layer_types", None) or []) - set(LAYER_TYPES)
+    if names:
         raise NotImplementedError(
-            f"{name} has cache layers of kind {', '.join(sorted(others))}; kvarn serves full attention"
+            f"{name} has layers of kind {', '.join(sorted(names))}; kvarn serves full attention, and leaves layers "
+            "with a sliding window to transformers"
         )
     if tf.DynamicLayer not in kinds:
         raise NotImplementedError(f"every layer of {name} has a sliding window: there is nothing to pack")
     kvarn.Layout(preset, _head_dim(decoder), kv_heads=1)
 
 
-def _head_dim(decoder: PreTrainedConfig) -> int:
+def _head_dim(decoder: PretrainedConfig) -> int:
     """Of full-attention layers; those of Gemma 4 have a head_dim of their own."""
     for field in ("global_head_dim", "head_dim"):
         if getattr(decoder, field, None):

@@ -108,14 +108,16 @@ class Rows:
         end = self.columns + columns
         valid = self._new_columns(padding, end)
         self.step = Step(batch, columns, end, valid, self.sequences)
-        self.columns, self._padding = end, padding
+        if valid is not None or self._padding is not None:
+            self._padding = padding
+        self.columns = end
         return self.step
 
     def _new_columns(self, padding: torch.Tensor | None, end: int) -> np.ndarray | None:
         """bool [batch, new columns] of the tokens among them, None: all."""
         before = self._padding
         if padding is None:
-            if before is not None:
+            if before is not None and not before.all():
                 raise ValueError(
                     f"the cache has padded rows, and this forward pass has no attention_mask; give it one of "
                     f"{end} columns, those of the cache included"
