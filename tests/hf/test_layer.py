@@ -98,6 +98,10 @@ def test_crop_goes_back_as_far_as_raw_tokens_remain(preset, device):
             player.rows.check_crop(columns)
     with pytest.raises(ValueError, match="cannot crop"):
         player.rows.check_crop(2 * tile + n + 2)
+    player.rows.crop(tile + n + 1)
+    player.layers[0].columns = player.rows.columns
+    player.step(torch.tensor([tokens[tile : tile + 9]]))
+    player.rows.check_crop(5)  # this tile was packed once, but is new since
 
 
 @pytest.mark.parametrize("seed", range(6))

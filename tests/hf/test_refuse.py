@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from kvarn.hf import Cache  # noqa: E402
+from kvarn.hf.attention import attention, mask  # noqa: E402
 from models import SIZES, generate, kvarn_cache, logits, prompt, tiny  # noqa: E402
 
 
@@ -72,6 +73,19 @@ def test_masks_and_attention_weights():
         logits(model, ids, kvarn_cache(model.config), attention_mask=full)
     with pytest.raises(NotImplementedError, match="output_attentions"):
         logits(model, ids, kvarn_cache(model.config), output_attentions=True)
+
+
+@pytest.mark.parametrize("other", [{"local_size": 8}, {"mask_function": lambda batch, head, row, column: row == row}])
+def test_masks_that_are_more_than_causal(other):
+    model = tiny("llama")
+    cache = kvarn_cache(model.config)
+    with torch.no_grad():
+        q, k, v = (torch.randn(1, heads, 8, 64) for heads in (4, 2, 2))
+        keys, values = cache.update(k, v, layer_idx=0)
+        module, asked = model.model.layers[0].self_attn, {"batch_size": 1, "q_length": 8, "kv_length": 8}
+        with pytest.raises(NotImplementedError, match="causal masks with padding only"):
+            attention(module, q, keys, values, mask(**asked, **other))
+        assert attention(module, q, keys, values, mask(**asked))[0].shape == (1, 8, 4, 64)
 
 
 def test_compilation():
