@@ -1,14 +1,9 @@
-"""Tiny models with random weights, and what the tests of kvarn.hf share."""
+"""On which devices the tests of kvarn.hf run: the CPU, and with `-m gpu` a GPU."""
 
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     import kvarn
 

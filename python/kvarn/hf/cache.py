@@ -60,7 +60,8 @@ class Cache(tf.Cache):
             if isinstance(layer, Layer):
                 layer.to(device)
             elif layer.is_initialized:
-                layer.keys, layer.values, layer.device = layer.keys.to(device), layer.values.to(device), device
+                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+                layer.device = layer.keys.device
         return self
 
     def crop(self, tokens_to_remove: int) -> None:
