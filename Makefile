@@ -135,6 +135,7 @@ bench: $(DONE)/kvarn
 	  $$program --benchmark_out=bench/results/cpu-$${name/_/-}.json --benchmark_out_format=json; done
 	@$(BIN)/python bench/cpu/attention.py --out bench/results/cpu-attention.jsonl
 	@$(BIN)/python bench/serve/decode.py --out bench/results/cpu-serve.jsonl
+	@$(BIN)/python bench/hf/generate.py --out bench/results/cpu-hf.jsonl
 
 lint: $(DONE)/dev
 	@$(BIN)/ruff check .

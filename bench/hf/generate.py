@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformers model on kvarn.hf.Cache beside transformers' DynamicCache with scaled_dot_product_attention, in one run.
+"""A transformers model on kvarn.hf.Cache beside DynamicCache with scaled_dot_product_attention, in one run.
 
     python bench/hf/generate.py [MODEL] [--contexts 2048 8192] [--presets kvarn_k4v2_g128 ..] [--out file]
 
-MODEL is a folder or a name (default: the demo's SmolLM2). Per context: a prompt of text is read, then tokens are decoded
-one by one, each contender in turn and all of it twice; the better of the two is reported. Before that the answer is checked:
-the mean KL divergence of the prompt's last 256 next-token distributions from those with the 16-bit cache. Prints and appends
-one JSON object a line.
+MODEL is a folder or a name (default: the demo's SmolLM2). Per context a prompt of text is read, then tokens are decoded
+one by one; each contender in turn, all of it twice, the better time of the two is reported. No time counts without its
+answer: the mean KL divergence of the prompt's last 256 next-token distributions from those with the 16-bit cache must
+be small. Prints and appends one JSON object a line.
 """
 
 from __future__ import annotations
