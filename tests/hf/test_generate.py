@@ -195,6 +195,14 @@ def test_other_caches_work_as_before(model):
         assert torch.equal(one, other)
 
 
+def test_the_implementation_may_be_set_first(device):
+    ids = prompt(1, 200, device=device)
+    first, later = tiny("llama", device, attention="kvarn"), tiny("llama", device)
+    answers = [generate(model, ids, kvarn_cache(model.config)) for model in (first, later)]
+    assert torch.equal(*answers)
+    assert torch.equal(generate(first, ids, None), generate(tiny("llama", device), ids, None))
+
+
 def test_memory(device):
     model = tiny("llama", device)
     layout = kvarn.Layout("kvarn_k4v2_g128", 64, 2)

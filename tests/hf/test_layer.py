@@ -173,6 +173,16 @@ def test_a_mask_that_hides_nothing_may_be_left_out():
     assert_rows_alone(player, out, tokens.tolist(), [2, 2], torch.ones(2, 2, dtype=torch.bool))
 
 
+def test_replaced_elements_are_told():
+    layer = Player().layers[0]
+    k = torch.zeros(1, 2, 3, 64)
+    k[0, 1, 2, :5] = torch.inf
+    layer.update(k, k)
+    with pytest.warns(UserWarning, match="10 keys or values were not finite"):
+        out = layer.attend(torch.ones(1, 4, 3, 64), (k, k), None, scale=SCALE)
+    assert out.isfinite().all()
+
+
 def test_wrong_batches_and_masks_are_refused():
     player, mask = Player(), torch.ones(2, 10, dtype=torch.bool)
     mask[0, :3] = False

@@ -7,8 +7,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from models import generate, kvarn_cache, logits  # noqa: E402
+from models import generate, kvarn_cache, logits, needs_5  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache  # noqa: E402
+
+pytestmark = needs_5  # its tokenizer's file is of transformers 5
 
 FACTS = "The library opens at nine. The password of the reading room is walnut. Tea is served at four. "
 FILLER = "Rain fell on the harbour all night, and the boats stayed in. "

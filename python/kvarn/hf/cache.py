@@ -74,7 +74,7 @@ class Cache(tf.Cache):
         columns = max(0, self.rows.columns - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
         self.rows.check_crop(columns)
         for layer in self.other_layers:
-            layer.crop(-columns)
+            layer.crop(tokens_to_remove)  # also 0, which makes a sliding window forget what it kept to go back to
         self.rows.crop(columns)
         for layer in self.packed_layers:
             layer.columns = self.rows.columns

@@ -8,6 +8,8 @@ attention function (attention.py) calls `attend`, which appends them to the page
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -60,7 +62,6 @@ class Layer(CacheLayerMixin):
         self.layout: kvarn.Layout | None = None
         self.pages: torch.Tensor | None = None
         self.columns = 0
-        self.replaced = 0  # elements of K and V that were not finite or beyond 65504, counted on the CPU only
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """key_states, value_states [batch, kv_heads, columns, head_dim]."""
@@ -105,7 +106,10 @@ class Layer(CacheLayerMixin):
         """q, k, v [tokens, heads, head_dim]: all of append before all of attend."""
         batch = self.layout, self.pages, *step.tables(q.device)
         plan = step.plan(q.device, self.layout, q.shape[1])
-        self.replaced += kvarn.append(*batch, k, v, encoder=self.encoder, plan=plan) or 0
+        if replaced := kvarn.append(*batch, k, v, encoder=self.encoder, plan=plan):  # None on CUDA: asking would wait
+            warnings.warn(
+                f"{replaced} keys or values were not finite, or beyond 65504, and were replaced", stacklevel=2
+            )
         return kvarn.attend(*batch, q, scale=scale, soft_cap=soft_cap, sinks=sinks, plan=plan)
 
     def _step(self, query: torch.Tensor, padding: torch.Tensor | None) -> Step:
@@ -148,7 +152,7 @@ class Layer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in transformers 4
 
     def reset(self) -> None:
-        self.pages, self.layout, self.is_initialized, self.columns, self.replaced = None, None, False, 0, 0
+        self.pages, self.layout, self.is_initialized, self.columns = None, None, False, 0
 
     def __repr__(self) -> str:
         return f"Layer({self.preset!r}, columns={self.columns})"

@@ -43,16 +43,15 @@ class Step:
         return self._there(device, "tables", lambda: [table.to(device) for table in self._tables])
 
     def plan(self, device: torch.device, layout: kvarn.Layout, query_heads: int):
-        """On CUDA the plan of this step, shared by its layers; None on the CPU."""
+        """On CUDA the plan of this step, shared by layers with as many query heads; None on the CPU."""
         if device.type != "cuda":
             return None
-        return self._there(
-            device,
-            query_heads,
-            lambda: kvarn.plan(
+        plan = self._on.get((device, "plan"))
+        if plan is None or plan.query_heads != query_heads:  # one at a time: they share the workspace
+            plan = self._on[device, "plan"] = kvarn.plan(
                 layout, *self.tables(device), tokens=self.tokens, query_heads=query_heads, max_query_len=self._longest
-            ),
-        )
+            )
+        return plan
 
     def tokens_of(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, heads, columns, head_dim] -> [tokens, heads, head_dim], padding left out."""
