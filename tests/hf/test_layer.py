@@ -198,6 +198,13 @@ def test_wrong_batches_and_masks_are_refused():
     assert player.rows.columns == 10 and kvarn.__version__
 
 
+def test_layers_must_be_alike():
+    player = Player(layers=2)
+    player.layers[1].preset = "kvarn_k4v4_g128"
+    with pytest.raises(NotImplementedError, match="full-attention layers are alike"):
+        player.step(random_tokens(14, 1, 3))
+
+
 def test_an_interrupted_pass_is_noticed():
     player = Player(layers=2)
     player.step(random_tokens(12, 1, 10))

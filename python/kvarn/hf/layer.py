@@ -115,6 +115,11 @@ class Layer(CacheLayerMixin):
     def _step(self, query: torch.Tensor, padding: torch.Tensor | None) -> Step:
         """The step in progress, or a new one if this layer is the first in it."""
         columns = query.shape[2]
+        if self.rows.layout not in (None, self.layout):
+            raise NotImplementedError(
+                f"this layer needs {self.layout}, others {self.rows.layout}: kvarn serves models whose full-attention "
+                "layers are alike"
+            )
         if self.columns == self.rows.columns:
             return self.rows.begin(self.layout, query.shape[0], columns, padding)
         step = self.rows.step

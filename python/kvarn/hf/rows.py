@@ -16,11 +16,13 @@ from .sequences import Sequences
 
 
 class Step:
-    """What the verbs need for the new columns of one forward pass, for all layers of one layout.
+    """What the verbs need for the new columns of one forward pass, for all layers.
 
     batch, columns  of the new keys and queries;  end: columns of the cache with them
-    valid           int64 [tokens], places in batch * columns that are tokens; None: all of them
+    valid           bool [batch, columns], True where there is a token; None: everywhere
+    tokens          how many there are
     copies          int64 [copies, 2]: pages to copy first, see Sequences.extend
+    capacity        pages that a layer must have
     """
 
     def __init__(self, batch: int, columns: int, end: int, valid: np.ndarray | None, sequences: Sequences):
@@ -78,13 +80,15 @@ class Step:
 class Rows:
     """The batch of a cache, shared by its kvarn layers.
 
-    columns  transformers' length of the cache, padding counted;  sequences: None before the first step
+    columns    transformers' length of the cache, padding counted
+    sequences  None before the first step, and so is the layout, the same for all layers
     """
 
     step: Step | None = None  # of the forward pass in progress; copies of a cache do without
 
     def __init__(self):
         self.columns = 0
+        self.layout: kvarn.Layout | None = None
         self.sequences: Sequences | None = None
         self._padding: torch.Tensor | None = (
             None  # bool [batch, columns], True where there is a token; None: everywhere
@@ -99,6 +103,7 @@ class Rows:
         Raises ValueError if the batch or what was padding before is not as it was.
         """
         if self.sequences is None:
+            self.layout = layout
             self.sequences = Sequences(batch, layout.page_tokens, layout.pages_ahead, layout.raw_tokens_per_page)
         if batch != (had := len(self.sequences.lengths)):
             raise ValueError(
@@ -162,4 +167,4 @@ class Rows:
                 self._padding = self._padding[indices.to(self._padding.device)]
 
     def reset(self) -> None:
-        self.columns, self.sequences, self._padding, self.step = 0, None, None, None
+        self.columns, self.layout, self.sequences, self._padding, self.step = 0, None, None, None, None
