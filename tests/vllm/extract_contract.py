@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes contract.json: of each vLLM release, the names and parameters that kvarn.vllm.compat looks for.
+"""Writes contract.json: of each vLLM release, the names and parameters that kvarn.vllm.contract looks for.
 
     pip download --no-deps vllm==0.33.0 && unzip -q vllm-0.33.0-*.whl 'vllm/*.py' -d 0.33.0
     python tests/vllm/extract_contract.py 0.33.0=0.33.0 [0.26.0=FOLDER ...]
@@ -11,14 +11,14 @@ import json
 import sys
 from pathlib import Path
 
-from kvarn.vllm import compat, source
+from kvarn.vllm import contract, source
 
 CONTRACT = Path(__file__).with_name("contract.json")
 
 
 def extract(root: Path) -> dict:
     """{"names": {module: source.Names, only what HOOKS could ask for}, "runner_2_asks_spec": bool}"""
-    wanted = [name for alternatives in compat.HOOKS.values() for names in alternatives.values() for name in names]
+    wanted = [name for alternatives in contract.HOOKS.values() for names in alternatives.values() for name in names]
     modules = {name.module: source.names_of(root, name.module) or {} for name in wanted}
     members = {name.name.rpartition(".")[2] for name in wanted}
     owners = {name.name.partition(".")[0] for name in wanted}
@@ -32,16 +32,16 @@ def extract(root: Path) -> dict:
 
     return {
         "names": {module: {k: v for k, v in names.items() if keep(k)} for module, names in sorted(modules.items())},
-        "runner_2_asks_spec": compat.runner_2_asks_spec(root),
+        "runner_2_asks_spec": contract.runner_2_asks_spec(root),
     }
 
 
 def main(arguments: list[str]) -> None:
-    contract = json.loads(CONTRACT.read_text()) if CONTRACT.exists() else {}
+    known = json.loads(CONTRACT.read_text()) if CONTRACT.exists() else {}
     for argument in arguments:
         version, _, folder = argument.partition("=")
-        contract[version] = extract(Path(folder))
-    CONTRACT.write_text(json.dumps(contract, indent=1, sort_keys=True) + "\n")
+        known[version] = extract(Path(folder))
+    CONTRACT.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from kvarn.vllm import PRESETS, compat, hooks, source
+from kvarn.vllm import PRESETS, compat, contract, hooks, source
 
 CONTRACT = json.loads(Path(__file__).with_name("contract.json").read_text())
 ALTERNATIVES = {
@@ -24,8 +24,8 @@ ALTERNATIVES = {
 }
 
 
-def probe(contract: dict) -> list[compat.Hook]:
-    return compat.judge(lambda module: contract["names"].get(module, {}))
+def probe(known: dict) -> list[contract.Hook]:
+    return contract.judge(lambda module: known["names"].get(module, {}))
 
 
 @pytest.mark.parametrize("version", CONTRACT)
@@ -47,7 +47,7 @@ def test_model_runner_2_takes_the_row_width_from_the_spec_since_0_29():
 def test_each_name_counts(version):
     """Without any one of the names that its alternative needs, a hook is missing or falls back to another."""
     for hook in probe(CONTRACT[version]):
-        needed = compat.HOOKS[hook.name][hook.detail]
+        needed = contract.HOOKS[hook.name][hook.detail]
         for name in needed:
             poorer = copy.deepcopy(CONTRACT[version])
             module = poorer["names"][name.module]
@@ -59,11 +59,11 @@ def test_each_name_counts(version):
 
 
 def test_installed_vllm_has_every_hook():
-    assert [hook for hook in compat.probe() if not hook.found] == []
+    assert [hook for hook in contract.probe() if not hook.found] == []
 
 
 def test_what_the_sources_say_is_there_when_imported():
-    for alternatives in compat.HOOKS.values():
+    for alternatives in contract.HOOKS.values():
         for words, names in alternatives.items():
             if all(_in_sources(name) for name in names):
                 for name in names:
@@ -107,15 +107,15 @@ def test_source_reads_classes_functions_and_fields(tmp_path):
         source.lookup(names, "B.absent")
 
 
-def _in_sources(name: compat.Name) -> bool:
+def _in_sources(name: contract.Name) -> bool:
     try:
-        source.lookup(source.names_of(compat.installed_root(), name.module) or {}, name.name)
+        source.lookup(source.names_of(contract.installed_root(), name.module) or {}, name.name)
     except KeyError:
         return False
     return True
 
 
-def _importable(name: compat.Name) -> bool:
+def _importable(name: contract.Name) -> bool:
     found = importlib.import_module(name.module)
     for part in name.name.split("."):
         if part in getattr(found, "__dataclass_fields__", {}) or part in getattr(found, "_fields", ()):

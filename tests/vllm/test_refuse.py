@@ -7,7 +7,7 @@ import kvarn
 import pytest
 import torch
 from engine import PRESET
-from kvarn.vllm import hooks, refuse
+from kvarn.vllm import hooks, limits, refuse
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -161,8 +161,8 @@ def test_an_old_gpu(gpu):
 
 
 def test_missing_hook(monkeypatch):
-    hook = refuse.compat.Hook("pages ahead", False, "no FullAttentionManager")
-    monkeypatch.setattr(refuse.compat, "probe", lambda: [hook])
+    hook = limits.contract.Hook("pages ahead", False, "no FullAttentionManager")
+    monkeypatch.setattr(limits.contract, "probe", lambda: [hook])
     with pytest.raises(refuse.Refused, match="lacks pages ahead"):
         hooks.check_config(config())
 

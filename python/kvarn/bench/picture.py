@@ -3,7 +3,7 @@
 
 from html import escape
 
-from kvarn.bench.serve import Mix
+from kvarn.bench.serve import Mix, value
 
 _WIDTH, _LEFT, _BAR, _GAP = 720, 190, 18, 26
 _OURS, _OTHERS = "#0b7a75", "#9aa5b1"
@@ -11,21 +11,21 @@ _OURS, _OTHERS = "#0b7a75", "#9aa5b1"
 
 def draw(lines: list[dict], mixes: list[Mix]) -> str:
     """A panel for the tokens that fit and one for the decode step of each mix; kvarn's bars are coloured."""
-    panels = [("tokens that fit (more is better)", _bars(lines, lambda line: line.get("fit_tokens")), "{:,.0f}")]
+    panels = [("tokens that fit (more is better)", _bars(lines, "fit_tokens"), "{:,.0f}")]
     for mix in mixes:
         title = f"ms per decode step, {mix.requests} x {mix.context:,} tokens (less is better)"
-        panels.append((title, _bars(lines, _step_of(mix)), "{:.2f}"))
+        panels.append((title, _bars(lines, "step_ms", mix), "{:.2f}"))
     parts, top = [], 16
     for title, bars, form in panels:
         parts.append(f'<text x="8" y="{top}" font-weight="bold">{escape(title)}</text>')
-        most = max((value for _, value in bars), default=1)
-        for name, value in bars:
+        most = max((shown for _, shown in bars), default=1)
+        for name, shown in bars:
             top += _GAP
-            length = max(2, (_WIDTH - _LEFT - 110) * value / most)
+            length = max(2, (_WIDTH - _LEFT - 110) * shown / most)
             colour = _OURS if name.startswith("kvarn") else _OTHERS
             parts.append(f'<text x="{_LEFT - 8}" y="{top + 4}" text-anchor="end">{escape(name)}</text>')
             parts.append(f'<rect x="{_LEFT}" y="{top - 9}" width="{length:.0f}" height="{_BAR}" fill="{colour}"/>')
-            parts.append(f'<text x="{_LEFT + length + 6:.0f}" y="{top + 4}">{form.format(value)}</text>')
+            parts.append(f'<text x="{_LEFT + length + 6:.0f}" y="{top + 4}">{form.format(shown)}</text>')
         top += 44
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{top}" font-family="sans-serif" '
@@ -33,9 +33,5 @@ def draw(lines: list[dict], mixes: list[Mix]) -> str:
     )
 
 
-def _step_of(mix: Mix):
-    return lambda line: line.get("step_ms") if (line.get("requests"), line.get("context")) == mix[:2] else None
-
-
-def _bars(lines: list[dict], of) -> list[tuple[str, float]]:
-    return [(line["kv_cache_dtype"], value) for line in lines if (value := of(line))]
+def _bars(lines: list[dict], key: str, mix: Mix | None = None) -> list[tuple[str, float]]:
+    return [(line["kv_cache_dtype"], found) for line in lines if (found := value(line, key, mix)) is not None]

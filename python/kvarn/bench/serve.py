@@ -33,6 +33,12 @@ class Mix(NamedTuple):
         return f"{self.requests}x{self.context}"
 
 
+def value(line: dict, key: str, mix: Mix | None = None):
+    """What a line of a run says under `key` of `mix`, or of the engine; None if it is not about that."""
+    about = (mix.requests, mix.context) if mix else (None, None)
+    return line.get(key) if (line.get("requests"), line.get("context")) == about else None
+
+
 def measure(model: str, dtypes: list[str], mixes: list[Mix], options: dict, seconds: int, log: Path) -> Iterator[dict]:
     """Every line that the engines print, as they come. An engine that fails gives a line with `error`.
 
@@ -89,12 +95,7 @@ def table(lines: list[dict], mixes: list[Mix]) -> tuple[list[str], list[list[str
     dtypes = list(dict.fromkeys(line["kv_cache_dtype"] for line in lines))
 
     def row(title: str, key: str, mix: Mix | None = None) -> list[str]:
-        of_mix = (mix.requests, mix.context) if mix else (None, None)
-        values = {
-            line["kv_cache_dtype"]: line[key]
-            for line in lines
-            if line.get(key) is not None and (line.get("requests"), line.get("context")) == of_mix
-        }
+        values = {line["kv_cache_dtype"]: found for line in lines if (found := value(line, key, mix)) is not None}
         return [title, *(cell(values.get(dtype), values.get(dtypes[0]), dtype) for dtype in dtypes)]
 
     def cell(mine: float | None, first: float | None, dtype: str) -> str:

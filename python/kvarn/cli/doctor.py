@@ -150,18 +150,18 @@ def _entry_point() -> Iterator[Finding]:
 def _hooks() -> Iterator[Finding]:
     if not _has_vllm():
         return
-    from kvarn.vllm import compat
+    from kvarn.vllm import contract
 
-    for hook, found, detail in compat.probe():
+    for hook, found, detail in contract.probe():
         yield Finding(f"hook {hook}", Verdict.GOOD if found else Verdict.BAD, detail)
 
 
 def _refused() -> Iterator[Finding]:
     if not _has_vllm():
         return
-    from kvarn.vllm import refuse
+    from kvarn.vllm import limits
 
-    for limit in refuse.LIMITS:
+    for limit in limits.LIMITS:
         yield Finding(limit.what, Verdict.REFUSED, limit.remedy)
 
 

@@ -13,10 +13,10 @@ def check_config(vllm_config) -> None:
     """A configuration is complete. Raises refuse.Refused if it cannot be served."""
     preset = preset_of(vllm_config)
     if preset is not None:
-        from . import refuse
+        from . import limits
 
-        refuse.check_config(preset, vllm_config)
-        refuse.leave_windows(vllm_config)
+        limits.check_config(preset, vllm_config)
+        limits.leave_windows(vllm_config)
 
 
 def settle_blocks(vllm_config) -> None:

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kvarn cannot serve through vLLM, why, and what to do instead: said at start-up, never ignored.
+"""Refusing what kvarn cannot serve through vLLM, with the reason and what to do instead: at start-up, never ignored.
 
-Most is known from the configuration (LIMITS, which `kvarn doctor` prints). What only a layer of the model shows is
-refused when the layer is built.
+limits.py has what a configuration shows; what only a layer of the model shows is here, and kvarn's own options.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import kvarn
 from kvarn import cuda
@@ -17,41 +14,11 @@ from . import compat
 ENCODERS = ("weighted", "varnorm")
 # Whose attention computes prompts on a GPU: FlashAttention's, or kvarn's own, whose bits no schedule changes.
 PROMPTS = ("flash", "exact")
-# Proposers whose layers, if they have any, attend causally to their own tokens, one draft after the other.
-DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator", "eagle", "eagle3", "mtp", "draft_model")
-# Connectors that hand over full blocks only: packed tiles, which nobody writes again.
-WHOLE_BLOCK_CONNECTORS = ("OffloadingConnector",)
 USE_16_BIT = "serve this model with --kv-cache-dtype auto"
 
 
 class Refused(ValueError):
     """vLLM was asked for a preset in a configuration that kvarn cannot serve."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One thing that cannot be served.
-
-    what    in plain words
-    remedy  what to do instead
-    found   (preset, VllmConfig) -> what this configuration has of it, or None
-    """
-
-    what: str
-    remedy: str
-    found: Callable[[str, object], str | None]
-
-
-def check_config(preset: str, config) -> None:
-    """Raises Refused with every reason at once; `config` is a VllmConfig."""
-    reasons = []
-    for limit in LIMITS:
-        if found := limit.found(preset, config):
-            reasons.append(f"{found}; {limit.remedy}")
-            if limit.found is _hooks:  # the other questions may not make sense to this vLLM
-                break
-    if reasons:
-        raise Refused(f"--kv-cache-dtype {preset} cannot be served here:" + "".join(f"\n - {text}" for text in reasons))
 
 
 def check_layer(preset: str, selector) -> None:
@@ -77,19 +44,18 @@ def check_impl(layout, query_heads: int, attn_type, **arguments) -> None:
     decoder = str(getattr(attn_type, "value", attn_type)) == "decoder"
     present = {name: not _is_default(value) for name, value in arguments.items()}
     _refuse_layer(layout.preset, present | {f"attention of type {attn_type}": not decoder})
-    if lacking := _no_kernels(layout, query_heads):  # a draft model's layers are in no configuration that we saw
+    if lacking := no_kernels(layout, query_heads):  # a draft model's layers are in no configuration that we saw
         raise Refused(f"--kv-cache-dtype {layout.preset}: {lacking}; {USE_16_BIT}")
 
 
-def leave_windows(config) -> None:
-    """Leaves the layers of `config` (a VllmConfig) that have a sliding window in 16 bits, as if a user had said so."""
-    skipped = config.cache_config.kv_cache_dtype_skip_layers
-    if config.model_config is None or config.model_config.get_sliding_window() is None or "sliding_window" in skipped:
-        return
-    from vllm.logger import init_logger  # not needed by `kvarn doctor`, which only lists LIMITS
-
-    skipped.append("sliding_window")
-    init_logger("vllm.kvarn").info("kvarn: layers with a sliding window keep 16 bits; full-attention layers are packed")
+def no_kernels(layout, query_heads: int) -> str | None:
+    """What this platform's kernels lack for a layer."""
+    ratio, most = query_heads / layout.kv_heads, 64
+    if compat.platform_name() == "cuda":
+        most, shape = cuda.MOST_GROUP, f"{layout.preset.removeprefix('kvarn_')}_d{layout.head_dim}"
+        if shape not in kvarn.cuda_shapes():
+            return f"this kvarn has no CUDA kernels of {shape}, but of {', '.join(kvarn.cuda_shapes())}"
+    return None if ratio <= most else f"the model has {ratio:g} query heads per KV head, and {most} is the most"
 
 
 def _is_default(value) -> bool:
@@ -123,141 +89,3 @@ def _choice(config, option: str, allowed: tuple[str, ...]) -> str:
 def page_tokens(preset: str) -> int:
     """Tokens of a tile."""
     return kvarn.Layout(preset, head_dim=128, kv_heads=1).page_tokens
-
-
-def _hooks(preset, config):
-    missing = [f"{hook.name} ({hook.detail})" for hook in compat.probe() if not hook.found]
-    return f"this vLLM lacks {', '.join(missing)}" if missing else None
-
-
-def _platform(preset, config):
-    name = compat.platform_name()
-    if name == "cpu":
-        return None
-    if name != "cuda":
-        return f"this is vLLM's {name} platform"
-    if not kvarn.cuda_shapes():
-        return "this kvarn was built without CUDA kernels"
-    found = compat.capability()
-    return None if found is None or found >= (8, 0) else f"this GPU has compute capability {found[0]}.{found[1]}"
-
-
-def _choices(preset, config):
-    try:
-        for choice in (encoder_of, prompts_of):
-            choice(config)
-    except Refused as error:
-        return str(error)
-    return None
-
-
-def _model(attribute: str, words: str):
-    return lambda preset, config: f"the model {words}" if getattr(config.model_config, attribute, False) else None
-
-
-def _heads(preset, config):
-    model, parallel = config.model_config, config.parallel_config
-    if model is None or model.use_mla or model.is_attention_free:
-        return None
-    try:
-        layout = kvarn.Layout(preset, head_dim=model.get_head_size(), kv_heads=model.get_num_kv_heads(parallel))
-    except ValueError as error:
-        return str(error)
-    return _no_kernels(layout, model.get_num_attention_heads(parallel))
-
-
-def _no_kernels(layout, query_heads: int) -> str | None:
-    """What this platform's kernels lack for a layer."""
-    ratio, most = query_heads / layout.kv_heads, 64
-    if compat.platform_name() == "cuda":
-        most, shape = cuda.MOST_GROUP, f"{layout.preset.removeprefix('kvarn_')}_d{layout.head_dim}"
-        if shape not in kvarn.cuda_shapes():
-            return f"this kvarn has no CUDA kernels of {shape}, but of {', '.join(kvarn.cuda_shapes())}"
-    return None if ratio <= most else f"the model has {ratio:g} query heads per KV head, and {most} is the most"
-
-
-def _windows(preset, config):
-    if config.model_config is None or config.model_config.get_sliding_window() is None:
-        return None
-    disabled = config.scheduler_config.disable_hybrid_kv_cache_manager
-    return "the model has sliding-window layers and the hybrid KV cache manager is disabled" if disabled else None
-
-
-def _chunked(preset, config):
-    text = getattr(config.model_config, "hf_text_config", None)
-    return "the model has chunked local attention" if getattr(text, "attention_chunk_size", None) else None
-
-
-def _parallel(preset, config):
-    parallel = config.parallel_config
-    sizes = [getattr(parallel, f"{kind}_context_parallel_size", 1) for kind in ("decode", "prefill")]
-    return "context parallelism is on" if max(sizes) > 1 else None
-
-
-def _hybrid(preset, config):
-    hybrid = getattr(config.model_config, "is_hybrid", False) and compat.platform_name() == "cpu"
-    return "the model mixes attention with state-space layers, on a CPU" if hybrid else None
-
-
-def _stages(preset, config):
-    split = config.parallel_config.pipeline_parallel_size > 1 and config.cache_config.kv_cache_dtype_skip_layers
-    return "pipeline parallelism with layers left in 16 bits" if split else None
-
-
-def _block_size(preset, config):
-    cache, tokens = config.cache_config, page_tokens(preset)
-    if not cache.user_specified_block_size or cache.block_size % tokens == 0:  # vLLM's own choice will ask the backend
-        return None
-    return f"--block-size {cache.block_size} is not a multiple of {tokens}"
-
-
-def _drafts(preset, config):
-    drafts, model = config.speculative_config, config.model_config
-    if drafts is None or model is None:
-        return None
-    if drafts.method not in DRAFT_METHODS or getattr(drafts, "parallel_drafting", False):
-        return f"speculative method {drafts.method}{', in parallel' * (drafts.method in DRAFT_METHODS)}"
-    if _heads(preset, config) or model.use_mla:
-        return None
-    asked, most = drafts.num_speculative_tokens, kvarn.Layout(preset, model.get_head_size(), 1).raw_tokens_per_page
-    return f"{asked} drafts per step, where a page has room for {most}" if asked > most else None
-
-
-def _connector(preset, config):
-    transfer = config.kv_transfer_config
-    if transfer is None or getattr(transfer, "kv_connector", None) in WHOLE_BLOCK_CONNECTORS:
-        return None
-    return f"the KV connector {getattr(transfer, 'kv_connector', None)} is configured"
-
-
-def _two_batches(preset, config):
-    return "dual batch overlap is on" if getattr(config.parallel_config, "enable_dbo", False) else None
-
-
-LIMITS = (
-    Limit("a vLLM that lacks a hook", "use vLLM 0.26 to 0.33, and see `kvarn doctor`", _hooks),
-    Limit(
-        "platforms other than CPUs and NVIDIA GPUs from compute capability 8.0 up",
-        "use one of these, and a kvarn that was built where nvcc is",
-        _platform,
-    ),
-    Limit("options of kvarn's that do not exist", "name one of these, or leave the option out", _choices),
-    Limit("head sizes and ratios without kernels", USE_16_BIT, _heads),
-    Limit("multi-head latent attention (MLA)", USE_16_BIT, _model("use_mla", "has multi-head latent attention")),
-    Limit("hybrid models with state-space or linear-attention layers, on CPUs", USE_16_BIT, _hybrid),
-    Limit("encoder-decoder models", USE_16_BIT, _model("is_encoder_decoder", "has cross attention")),
-    Limit("bidirectional prefixes", USE_16_BIT, _model("is_mm_prefix_lm", "attends to its prefix in both directions")),
-    Limit("reference sliding windows", USE_16_BIT, _model("rswa_window", "has reference sliding windows")),
-    Limit("chunked local attention", USE_16_BIT, _chunked),
-    Limit("sliding windows without the hybrid KV cache manager", "leave it enabled", _windows),
-    Limit("context parallelism", "use tensor, pipeline or data parallelism", _parallel),
-    Limit("16-bit layers under pipeline parallelism", "pack every layer, or use tensor parallelism", _stages),
-    Limit("blocks that are not whole tiles", "leave --block-size out", _block_size),
-    Limit("too many drafts, or drafts in parallel", "use another method, or fewer drafts", _drafts),
-    Limit(
-        "KV connectors that may hand over unfinished tiles",
-        "remove --kv-transfer-config; --kv-offloading-size is served",
-        _connector,
-    ),
-    Limit("dual batch overlap", "leave --enable-dbo out", _two_batches),
-)
