@@ -7,9 +7,9 @@ import torch
 import transformers
 from kvarn.hf import Cache
 
-needs_5 = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 has no such thing, or has it with a flaw"
-)
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+needs_5 = pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 has no such thing, or has it with a flaw")
+needs_5_19 = pytest.mark.skipif(VERSION < (5, 19), reason="up to 5.17 transformers has it with a flaw")
 SIZES = dict(
     hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     head_dim=64, vocab_size=199, max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=0,

@@ -71,6 +71,7 @@ class Cache(tf.Cache):
 
         Raises ValueError, and changes nothing, where the 16-bit tokens that this needs are packed already.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation hands over a tensor
         columns = max(0, self.rows.columns - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
         self.rows.check_crop(columns)
         for layer in self.other_layers:
