@@ -8,8 +8,8 @@ import kvarn
 import pytest
 import torch
 from engine import PRESET
-from kvarn.vllm import backend, cpu, offload, refuse, spec
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
+from kvarn.vllm import backend, blocks, cpu, offload, refuse, spec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 CONFIG = SimpleNamespace(
     model_config=SimpleNamespace(max_model_len=1000),
@@ -96,6 +96,46 @@ def test_windowed_layers_fit_into_packed_blocks(block_size, tokens, monkeypatch)
 )
 def test_hits_from_host_memory_end_before_the_last_token(found, tokens, kept):
     assert offload.whole_blocks(found, tokens, 128) == kept
+
+
+def pool(*layers, block_size=128, **cache) -> SimpleNamespace:
+    """A configuration with these layers, its block size as vLLM chose it."""
+    settings = {"cache_dtype": PRESET, "block_size": block_size, "mamba_cache_mode": "align"} | cache
+    return SimpleNamespace(
+        cache_config=SimpleNamespace(**settings),
+        compilation_config=SimpleNamespace(static_forward_context=dict(enumerate(layers))),
+    )
+
+
+@pytest.mark.parametrize(("state", "window", "block_size", "settled"), [
+    (0, None, 128, 128),
+    (0, None, 384, 384),  # as a user asked
+    (0, None, 16, 128),  # as vLLM chose for another backend
+    (0, 512, 16, 640),
+    (50_000, None, 1024, 384),
+    (50_000, 512, 1024, 640),
+    (150_000, 512, 1024, 896),
+])  # fmt: skip
+def test_blocks_that_packed_layers_share(monkeypatch, state, window, block_size, settled):
+    monkeypatch.setattr(blocks.compat, "platform_name", lambda: "cuda")
+    page = 3 * 7296
+    spec_of_state = MambaSpec(block_size=64, shapes=((state,),), dtypes=(torch.uint8,), page_size_padded=10**6)
+    layers = [
+        SimpleNamespace(kv_cache_dtype=PRESET, head_size=64, num_kv_heads=3, sliding_window=None),
+        SimpleNamespace(kv_cache_dtype="auto", head_size=64, num_kv_heads=3, sliding_window=window),
+        SimpleNamespace(),  # experts are listed too
+    ] + [SimpleNamespace(get_kv_cache_spec=lambda config: spec_of_state)] * bool(state)
+    config = pool(*layers, block_size=block_size)
+    blocks.settle(config)
+    assert config.cache_config.block_size == settled
+    if state:
+        assert config.cache_config.mamba_block_size == settled
+        assert config.cache_config.mamba_page_size_padded == settled // 128 * page >= state
+
+
+def test_a_pool_without_packed_layers():
+    with pytest.raises(refuse.Refused, match="nothing to pack"):
+        blocks.settle(pool(SimpleNamespace(kv_cache_dtype="auto", sliding_window=512)))
 
 
 def test_other_kinds_of_layers():
