@@ -76,7 +76,7 @@ def start(asked: dict, capacity: Capacity):
 
 
 def run_mix(llm, requests: int, context: int, output: int, profile: bool = False) -> dict:
-    """Random prompts of `context` tokens, `output` tokens each beyond what the others' prefill takes.
+    """Random prompts of `context` tokens, at least `output` steps each beyond what the others' prefill takes.
 
     profile  also which kernels run in a decode step; steps are then slower
     """
@@ -85,7 +85,8 @@ def run_mix(llm, requests: int, context: int, output: int, profile: bool = False
     engine = llm.llm_engine
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
     chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens
-    most = output + requests * context // chunk + 2
+    drafts = engine.vllm_config.speculative_config
+    most = (output + requests * context // chunk + 2) * (1 + drafts.num_speculative_tokens if drafts else 1)
     draw = random.Random(requests * 1_000_003 + context)
     params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True, detokenize=False)
     names = [f"{requests}x{context}-{i}" for i in range(requests)]
