@@ -5,7 +5,7 @@
 #   make test        all tests but the slow ones                                      PYTEST=arguments
 #   make test-gpu    the CUDA kernels on this machine's GPU, built for it             PYTEST=arguments
 #   make test-all    the slow ones too, sanitizers, fuzzing                           FUZZ_SECONDS=60
-#   make quality     docs/quality.md on WikiText-2                                    TEXT=file
+#   make eval        accuracy of every preset and rival on WikiText-2                 TEXT=file  MODEL=folder
 #   make bench       the speed tables in bench/results/
 #   make lint        style of Python and C++
 #   make clean       removes build/ (and .venv with it: make distclean)
@@ -18,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo install test test-all test-cpp test-gpu test-python sanitize fuzz quality bench lint clean distclean
+.PHONY: help demo install test test-all test-cpp test-gpu test-python sanitize fuzz eval bench lint clean distclean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -124,8 +124,9 @@ fuzz: $(DONE)/build
 	@for target in $$(find build/fuzz -type f -name 'fuzz_*' -executable); do \
 	  echo "$$target for $(FUZZ_SECONDS) s"; $$target -max_total_time=$(FUZZ_SECONDS) -verbosity=0 -print_final_stats=1; done
 
-quality: $(DONE)/kvarn
-	@$(BIN)/kvarn quality --text $(TEXT) $(if $(MODEL),--model $(MODEL))
+eval: $(DONE)/kvarn
+	@$(BIN)/kvarn eval run --text $(TEXT) $(if $(MODEL),--model $(MODEL)) --results build/eval.json
+	@$(BIN)/kvarn eval report build/eval.json --markdown build/eval.md --svg build/eval.svg
 
 bench: $(DONE)/kvarn
 	@mkdir -p build bench/results

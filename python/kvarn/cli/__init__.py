@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `kvarn doctor`, `kvarn plan`, `kvarn demo`, `kvarn quality`."""
+"""The command line: `kvarn doctor`, `kvarn plan`, `kvarn demo`, `kvarn eval`, `kvarn bench`."""
 
 
 def main() -> None:

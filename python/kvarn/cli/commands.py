@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvarn.cli.eval import app as evaluation
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The low-bit KV cache on this machine.")
 out = Console()
 err = Console(stderr=True)
 bench = typer.Typer(no_args_is_help=True, help="Measures this machine.")
 app.add_typer(bench, name="bench")
+app.add_typer(evaluation, name="eval")
 
 
 def fail(message: object) -> typer.Exit:
@@ -101,25 +104,6 @@ def demo(
     try:
         run.demo(model, kv, memory, document, out)
     except (ServerDied, RuntimeError, ValueError, OSError) as error:
-        raise fail(error) from None
-
-
-@app.command()
-def quality(
-    model: Annotated[Path | None, typer.Option(help="A checkpoint folder; default SmolLM2-135M-Instruct.")] = None,
-    text: Annotated[Path, typer.Option(help="The text to read.")] = Path("../shared/data/text/wikitext-2-raw.test.txt"),
-    contexts: Annotated[int, typer.Option(min=1, help="Contexts of 2,048 tokens for every row.")] = 4,
-    main_contexts: Annotated[int, typer.Option(min=1, help="Contexts for the main preset.")] = 8,
-    main_preset: Annotated[str, typer.Option("--main", help="The preset to compare encoders at.")] = "kvarn_k4v2_g128",
-    root: Annotated[Path, typer.Option(help="The repository to write the reports into.")] = Path("."),
-    work: Annotated[Path | None, typer.Option(help="Where finished contexts are kept.")] = None,
-) -> None:
-    """KL divergence, top-1 agreement and perplexity of every preset and both encoders, on a real model and text."""
-    from kvarn.cli.quality import run
-
-    try:
-        run(model, text, contexts, main_contexts, main_preset, root, work, out)
-    except (ValueError, OSError, RuntimeError) as error:
         raise fail(error) from None
 
 

@@ -104,7 +104,7 @@ def _torch() -> Iterator[Finding]:
     found = _version("torch")
     if found is None:
         yield Finding(
-            "torch", Verdict.NOTE, "not installed. The library does without (numpy); vLLM and `kvarn quality` do not."
+            "torch", Verdict.NOTE, "not installed. The library does without (numpy); vLLM and `kvarn eval` do not."
         )
         return
     yield Finding("torch", Verdict.GOOD, found)

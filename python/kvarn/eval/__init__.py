@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cache costs in accuracy: KL divergence, top-1 agreement and perplexity of a real model on a real text.
+
+kvarn's presets go through `kvarn.append` and `kvarn.attend` as in serving; other formats are simulated (kvarn.rivals).
+`kvarn eval run` measures, `kvarn eval report` draws. Needs torch and transformers.
+
+    text        a text file -> contexts of token ids
+    attention   how a transformers model is made to attend through a cache
+    caches      the caches that are compared
+    rows        which caches make up a run, under which names
+    measure     one context through one cache -> scores of every token
+    statistics  scores -> figures with bootstrap intervals
+    run         all rows over all contexts, resumable
+    results     one JSON object per run
+    report      results -> Markdown
+    picture     results -> SVG
+"""

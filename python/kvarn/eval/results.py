@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One JSON object per run: what was measured with what, a figure for every row, and paired ratios."""
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+
+import kvarn
+from kvarn.eval import statistics
+from kvarn.eval.measure import Scores
+from kvarn.eval.rows import WITH_TILE, Row
+
+_NEAR_4_BITS = ("fp8", "q4_0", "int4_per_token_head", "turboquant_4bit_nc, all layers", "nvfp4", "KIVI-4")
+_NEAR_3_BITS = ("turboquant_k3v4_nc, all layers", "turboquant_3bit_nc, all layers", "KIVI-2")
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Rows that are compared token by token: both encoders of every preset, and presets with what lies near."""
+    found = [(f"{preset} weighted", f"{preset} varnorm") for preset in kvarn.presets()]
+    for preset, others in (("kvarn_k4v4_g128", _NEAR_4_BITS), ("kvarn_k4v2_g128", _NEAR_3_BITS)):
+        for other in others:
+            found += [(f"{preset} weighted", other), (f"{preset} weighted", other + WITH_TILE)]
+    return found
+
+
+def describe(facts: Mapping, done: list[tuple[Row, Scores]]) -> dict:
+    """The object of a run: `facts` (model, text, ..), and what the finished rows came to."""
+    scores = {row.name: one for row, one in done}
+    return {
+        "date": date.today().isoformat(),
+        "version": kvarn.__version__,
+        "target": kvarn.target(),
+        **facts,
+        "rows": [
+            {"name": row.name, "kind": row.kind, "bits_per_value": row.bits_per_value, "recent": row.recent}
+            | dataclasses.asdict(statistics.summary(one))
+            for row, one in done
+        ],
+        "pairs": [
+            {
+                "ours": ours,
+                "other": other,
+                "mean": dataclasses.asdict(statistics.mean_ratio(scores[ours], scores[other])),
+                "median": dataclasses.asdict(statistics.median_ratio(scores[ours], scores[other])),
+            }
+            for ours, other in pairs()
+            if ours in scores and other in scores
+        ],
+    }
+
+
+def write(result: Mapping, path: Path) -> None:
+    """Appears by one rename: a run that is stopped never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read(path: Path) -> dict:
+    """Raises ValueError, naming the file, where it holds no run."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); give files that kvarn eval run has written") from None
+    if not isinstance(result, dict) or not {"model", "context", "rows", "pairs"} <= result.keys():
+        raise ValueError(f"{path} is no result of kvarn eval run")
+    return result
+
+
+def commit() -> str:
+    """The short name of the commit in the current folder, marked where files differ from it."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "no commit"
+
+
+def _rounded(x):
+    """Six significant digits are more than any interval here supports."""
+    if isinstance(x, float):
+        return float(f"{x:.6g}")
+    if isinstance(x, Mapping):
+        return {key: _rounded(value) for key, value in x.items()}
+    return [_rounded(value) for value in x] if isinstance(x, list | tuple) else x

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which caches make up a run, under the names that they have in the tables."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+import kvarn
+from kvarn.eval.attention import Cache
+from kvarn.eval.caches import Packed, Plain, Simulated
+from kvarn.rivals import RIVALS, Recent
+
+ENCODERS = ("weighted", "varnorm")
+# Rounds the newest tokens too, unlike kvarn; with its own tile raw, as kvarn has it, a format is compared as a format.
+WITH_TILE = ", own tile raw"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cache under its name. kind: "16-bit", "kvarn", or "rival"; recent: what it reads raw (kvarn.rivals.Recent)."""
+
+    name: str
+    kind: str
+    bits_per_value: float
+    recent: str
+    cache: Cache
+
+
+def rows(head_dim: int, kv_heads: int, layers: int, only: str = "*") -> list[Row]:
+    """All rows whose name matches one of the patterns in `only` (shell wildcards, separated by ";").
+
+    Raises ValueError where a pattern matches nothing.
+    """
+    found = [Row("bf16", "16-bit", 16, "none", Plain(torch.bfloat16))]
+    for preset in kvarn.presets():
+        bits = kvarn.Layout(preset, head_dim=head_dim, kv_heads=kv_heads).bits_per_value
+        found += [
+            Row(f"{preset} {encoder}", "kvarn", bits, Recent.TILE.value, Packed(preset, encoder))
+            for encoder in ENCODERS
+        ]
+    for name, rival in RIVALS.items():
+        bits = rival.bits_per_value(head_dim, layers)
+        found.append(Row(name, "rival", bits, rival.recent.value, Simulated(rival, rival.recent)))
+        if rival.recent is Recent.NONE:
+            simulated = Simulated(rival, Recent.TILE)
+            found.append(Row(name + WITH_TILE, "rival", bits, Recent.TILE.value, simulated))
+    patterns = [pattern.strip() for pattern in only.split(";")]
+    for pattern in patterns:
+        if not any(fnmatchcase(row.name, pattern) for row in found):
+            raise ValueError(f"no row is called {pattern!r}; there are: " + "; ".join(row.name for row in found))
+    return [row for row in found if any(fnmatchcase(row.name, pattern) for pattern in patterns)]

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a simulated format is."""
+
+from abc import ABC, abstractmethod
+from enum import Enum
+
+import torch
+
+
+class Recent(Enum):
+    """Which tokens, up to its own, the query at position t reads in 16 bits, whatever the format does to the others."""
+
+    NONE = "none"
+    TILE = "tile"  # its own tile of 128: from t - t % 128, as kvarn does
+    KIVI = "kivi"  # keys as TILE, values from t - 128
+
+
+class Rival(ABC):
+    """A format of keys and values. Subclasses are frozen dataclasses: their repr says all that a result depends on.
+
+    recent      tokens that the format itself keeps in 16 bits; not counted in its bits per value, as kvarn's are not
+    raw_layers  so many layers at the start and as many at the end stay in 16 bits, and those are counted
+    """
+
+    recent: Recent = Recent.NONE
+    raw_layers: int = 0
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name in tables: that of the project which has the format."""
+
+    @abstractmethod
+    def bytes_per_token(self, head_dim: int) -> float:
+        """Bytes of one token of one KV head, key and value with all scales, in a packed layer."""
+
+    @abstractmethod
+    def keys(self, k: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens, kv_heads, head_dim] -> the same after packing and unpacking."""
+
+    @abstractmethod
+    def values(self, v: torch.Tensor) -> torch.Tensor:
+        """As `keys`, for values."""
+
+    def bits_per_value(self, head_dim: int, layers: int | None = None) -> float:
+        """Bits per element of K and V: of a packed layer, or with `layers` the mean over a model of so many layers."""
+        packed = 8 * self.bytes_per_token(head_dim) / (2 * head_dim)
+        raw = 0 if layers is None else min(2 * self.raw_layers, layers)
+        return packed if not raw else (raw * 16 + (layers - raw) * packed) / layers
+
+    def packs(self, layer: int, layers: int) -> bool:
+        """Whether layer number `layer` of `layers` is packed."""
+        return self.raw_layers <= layer < layers - self.raw_layers
