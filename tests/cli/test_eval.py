@@ -212,8 +212,10 @@ def test_a_stopped_run_goes_on_where_it_was(model, tokens, tmp_path, monkeypatch
 def made_up(parts):
     rough = np.random.default_rng(3).lognormal(size=128 * 8)
     facts = {"commit": "c", "model": "m & n", "layers": 30, "packed_layers": 30, "head_dim": 64, "kv_heads": 3}
-    done = [(Row(name, kind, bits, "tile", None), scores(rough * part)) for name, kind, bits, part in parts]
-    return results.describe(facts | {"text": "t", "context": 2048}, done)
+    result = results.Result(facts | {"text": "t", "context": 2048})
+    for name, kind, bits, part in parts:
+        result.add(Row(name, kind, bits, "tile", None), scores(rough * part))
+    return result.describe()
 
 
 def test_report_has_every_row_and_the_ratios(tmp_path):

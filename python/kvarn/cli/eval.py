@@ -92,14 +92,14 @@ def _run(model, text, name, contexts, length, only, path, work) -> None:
     }
     asked = rows(shape.head_dim, shape.kv_heads, layers, only)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    done = []
+    result = results.Result(facts)
     with Progress(TextColumn("{task.description}"), *columns, console=out) as progress:
         task = progress.add_task("contexts", total=len(asked) * contexts)
         for row in asked:
             progress.update(task, description=row.name)
-            done.append((row, runner.run(row.cache, lambda: progress.advance(task))))
-            results.write(result := results.describe(facts, done), path)
-            mean, median = result["rows"][-1]["mean"], result["rows"][-1]["median"]
+            result.add(row, runner.run(row.cache, lambda: progress.advance(task)))
+            results.write(result.describe(), path)
+            mean, median = result.rows[-1]["mean"], result.rows[-1]["median"]
             out.print(f"{row.name}: mean KLD {mean['value']:.5f}, median {median['value']:.5f}", highlight=False)
     out.print(f"written: {path}; kvarn eval report {path} draws it", markup=False, highlight=False)
 

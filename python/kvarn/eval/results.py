@@ -26,30 +26,28 @@ def pairs() -> list[tuple[str, str]]:
     return found
 
 
-def describe(facts: Mapping, done: list[tuple[Row, Scores]]) -> dict:
-    """The object of a run: `facts` (model, text, ..), and what the finished rows came to."""
-    scores = {row.name: one for row, one in done}
-    return {
-        "date": date.today().isoformat(),
-        "version": kvarn.__version__,
-        "target": kvarn.target(),
-        **facts,
-        "rows": [
-            {"name": row.name, "kind": row.kind, "bits_per_value": row.bits_per_value, "recent": row.recent}
-            | dataclasses.asdict(statistics.summary(one))
-            for row, one in done
-        ],
-        "pairs": [
-            {
-                "ours": ours,
-                "other": other,
-                "mean": dataclasses.asdict(statistics.mean_ratio(scores[ours], scores[other])),
-                "median": dataclasses.asdict(statistics.median_ratio(scores[ours], scores[other])),
-            }
-            for ours, other in pairs()
-            if ours in scores and other in scores
-        ],
-    }
+class Result:
+    """The object of a run, which grows row by row. facts: model, text, and so on."""
+
+    def __init__(self, facts: Mapping):
+        self.about = {"date": date.today().isoformat(), "version": kvarn.__version__, "target": kvarn.target(), **facts}
+        self.rows: list[dict] = []
+        self.pairs: list[dict] = []
+        self._scores: dict[str, Scores] = {}
+
+    def add(self, row: Row, scores: Scores) -> None:
+        self._scores[row.name] = scores
+        described = {"name": row.name, "kind": row.kind, "bits_per_value": row.bits_per_value, "recent": row.recent}
+        self.rows.append(described | dataclasses.asdict(statistics.summary(scores)))
+        for ours, other in pairs():
+            if row.name in (ours, other) and {ours, other} <= self._scores.keys():
+                both = self._scores[ours], self._scores[other]
+                mean, median = statistics.mean_ratio(*both), statistics.median_ratio(*both)
+                ratios = {"mean": dataclasses.asdict(mean), "median": dataclasses.asdict(median)}
+                self.pairs.append({"ours": ours, "other": other} | ratios)
+
+    def describe(self) -> dict:
+        return self.about | {"rows": self.rows, "pairs": self.pairs}
 
 
 def write(result: Mapping, path: Path) -> None:
