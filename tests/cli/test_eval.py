@@ -185,15 +185,18 @@ def test_window_of_two_tokens():
 
 
 def test_rows_have_names_of_their_own_and_are_chosen_by_pattern():
-    every = rows(64, 3, layers=30)
+    every = rows(64, 3, range(30), 30)
     names = [row.name for row in every]
     assert len(names) == len(set(names))
     assert {f"{preset} {encoder}" for preset in kvarn.presets() for encoder in ("weighted", "varnorm")} < set(names)
     assert set(RIVALS) < set(names)
     assert {name for pair in results.pairs() for name in pair if not name.startswith("KIVI")} < set(names)
-    assert [row.name for row in rows(64, 3, 30, "q8_0; kvarn_k4v2* weighted")] == ["kvarn_k4v2_g128 weighted", "q8_0"]
+    assert [row.name for row in rows(64, 3, range(30), 30, "q8_0; kvarn_k4v2* weighted")] == [
+        "kvarn_k4v2_g128 weighted",
+        "q8_0",
+    ]
     with pytest.raises(ValueError, match=r"no row is called 'q3_0'.*q4_0"):
-        rows(64, 3, 30, "q3_0")
+        rows(64, 3, range(30), 30, "q3_0")
 
 
 def test_a_stopped_run_goes_on_where_it_was(model, tokens, tmp_path, monkeypatch):

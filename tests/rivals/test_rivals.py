@@ -41,9 +41,10 @@ def test_bytes_at_head_dim_128(name, bytes_per_token):
 def test_bits_per_value_count_layers_that_stay_raw():
     rival = RIVALS["turboquant_4bit_nc"]
     assert rival.bits_per_value(128) == 8 * 134 / 256
-    assert rival.bits_per_value(128, layers=28) == (4 * 16 + 24 * 8 * 134 / 256) / 28
+    assert rival.mean_bits(128, range(28), 28) == (4 * 16 + 24 * 8 * 134 / 256) / 28
+    assert rival.mean_bits(128, [5, 11, 17], 18) == (16 + 2 * 8 * 134 / 256) / 3
     assert [layer for layer in range(28) if not rival.packs(layer, 28)] == [0, 1, 26, 27]
-    assert RIVALS["turboquant_4bit_nc, all layers"].bits_per_value(128, layers=28) == rival.bits_per_value(128)
+    assert RIVALS["turboquant_4bit_nc, all layers"].mean_bits(128, range(28), 28) == rival.bits_per_value(128)
 
 
 @pytest.mark.parametrize("name", RIVALS)

@@ -83,14 +83,14 @@ def _run(model, text, name, contexts, length, only, path, work) -> None:
         "model": name or ("SmolLM2-135M-Instruct" if model is None else folder.stem),
         "origin": _origin(folder),
         "layers": layers,
-        "packed_layers": shape.full_layers,
+        "packed_layers": len(runner.full_layers),
         "head_dim": shape.head_dim,
         "kv_heads": shape.kv_heads,
         "text": text.name,
         "context": length,
         "first_scored": FIRST_SCORED,
     }
-    asked = rows(shape.head_dim, shape.kv_heads, layers, only)
+    asked = rows(shape.head_dim, shape.kv_heads, runner.full_layers, layers, only)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     result = results.Result(facts)
     with Progress(TextColumn("{task.description}"), *columns, console=out) as progress:

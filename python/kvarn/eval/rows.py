@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which caches make up a run, under the names that they have in the tables."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -27,9 +28,10 @@ class Row:
     cache: Cache
 
 
-def rows(head_dim: int, kv_heads: int, layers: int, only: str = "*") -> list[Row]:
+def rows(head_dim: int, kv_heads: int, full: Sequence[int], layers: int, only: str = "*") -> list[Row]:
     """All rows whose name matches one of the patterns in `only` (shell wildcards, separated by ";").
 
+    full, layers  the numbers of the model's full-attention layers, which are packed, and how many layers there are
     Raises ValueError where a pattern matches nothing.
     """
     found = [Row("bf16", "16-bit", 16, "none", Plain(torch.bfloat16))]
@@ -40,7 +42,7 @@ def rows(head_dim: int, kv_heads: int, layers: int, only: str = "*") -> list[Row
             for encoder in ENCODERS
         ]
     for name, rival in RIVALS.items():
-        bits = rival.bits_per_value(head_dim, layers)
+        bits = rival.mean_bits(head_dim, full, layers)
         found.append(Row(name, "rival", bits, rival.recent.value, Simulated(rival, rival.recent)))
         if rival.recent is Recent.NONE:
             simulated = Simulated(rival, Recent.TILE)

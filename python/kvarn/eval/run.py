@@ -40,6 +40,9 @@ class Runner:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         self.tokens = text.contexts(text_file, tokenizer, contexts, length)
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).eval()
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        self.full_layers = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
         self.work = work
         work.mkdir(parents=True, exist_ok=True)
         self._weights = _digest(*([model] if model.is_file() else sorted(model.glob("*.safetensors"))))

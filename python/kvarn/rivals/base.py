@@ -2,6 +2,7 @@
 """What a simulated format is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
@@ -42,11 +43,14 @@ class Rival(ABC):
     def values(self, v: torch.Tensor) -> torch.Tensor:
         """As `keys`, for values."""
 
-    def bits_per_value(self, head_dim: int, layers: int | None = None) -> float:
-        """Bits per element of K and V: of a packed layer, or with `layers` the mean over a model of so many layers."""
-        packed = 8 * self.bytes_per_token(head_dim) / (2 * head_dim)
-        raw = 0 if layers is None else min(2 * self.raw_layers, layers)
-        return packed if not raw else (raw * 16 + (layers - raw) * packed) / layers
+    def bits_per_value(self, head_dim: int) -> float:
+        """Bits per element of K and V in a packed layer."""
+        return 8 * self.bytes_per_token(head_dim) / (2 * head_dim)
+
+    def mean_bits(self, head_dim: int, full: Sequence[int], layers: int) -> float:
+        """The mean over the layers that attend to everything, numbers `full` of `layers`: 16 bits where raw."""
+        packed = sum(self.packs(layer, layers) for layer in full)
+        return (packed * self.bits_per_value(head_dim) + (len(full) - packed) * 16) / len(full)
 
     def packs(self, layer: int, layers: int) -> bool:
         """Whether layer number `layer` of `layers` is packed."""
