@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean KL divergence against bits per value, one panel for each run, in SVG."""
+"""Mean KL divergence against bits per value, one panel for each run, in SVG.
+
+Filled points read their own tile of 128 tokens in 16 bits, or more; hollow ones round the newest tokens too. A rival
+that was run both ways has its name at the hollow one and a line to the other. kvarn's names stand left of its points.
+"""
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from math import ceil, floor, log10
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 860, 400, 62, 40, 44
-_FIRST_BITS, _LAST_BITS = 2, 9
+_FIRST_BITS, _LAST_BITS = 1, 9
+_OWN_TILE = ", own tile raw"
 _COLOURS = {"weighted": "#0b7a75", "varnorm": "#d1495b", "rival": "#6b7785"}
 
 
 def draw(results: Sequence[Mapping]) -> str:
-    """Filled points read their own tile of 128 tokens in 16 bits, or more; hollow ones round the newest tokens too."""
     height = _HEIGHT * len(results)
     panels = "\n".join(_panel(result, _HEIGHT * number) for number, result in enumerate(results))
     return (
@@ -42,27 +46,39 @@ def _panel(result: Mapping, top: int) -> str:
     for power in range(low, high + 1):
         parts.append(_line(x(_FIRST_BITS), y(10.0**power), x(_LAST_BITS), y(10.0**power)))
         parts.append(f'<text x="{_LEFT - 6}" y="{y(10.0**power) + 4:.1f}" text-anchor="end">1e{power}</text>')
-    taken: list[tuple[float, float]] = []
+    places = {row["name"]: (x(row["bits_per_value"]), y(row["mean"]["value"])) for row in rows}
+    both = [name for name in places if name + _OWN_TILE in places]
+    parts += [_line(*places[name], *places[name + _OWN_TILE], "#aab3bd") for name in both]
+    taken = list(places.values())
     for row in sorted(rows, key=lambda row: row["mean"]["value"]):
-        parts.append(_point(row, x(row["bits_per_value"]), y(row["mean"]["value"]), taken))
+        parts.append(_point(row, *places[row["name"]], row["name"].removesuffix(_OWN_TILE) == row["name"], taken))
     return "\n".join(parts)
 
 
-def _point(row: Mapping, x: float, y: float, taken: list[tuple[float, float]]) -> str:
-    """A point and its name, moved up until it covers no other name near it."""
+def _point(row: Mapping, x: float, y: float, named: bool, taken: list[tuple[float, float]]) -> str:
+    """A point, and unless it hangs on another its name, where it covers no other name or point near it."""
     colour = _COLOURS[row["name"].rsplit(" ", 1)[-1] if row["kind"] == "kvarn" else "rival"]
     fill = "white" if row["recent"] == "none" else colour
-    text = y + 4
-    while any(abs(x - other_x) < 150 and abs(text - other_y) < 10 for other_x, other_y in taken):
-        text -= 2
-    taken.append((x, text))
-    name = row["name"].removeprefix("kvarn_").replace(", own tile raw", " +tile").replace("_per_token_head", "_pth")
-    weight = ' font-weight="bold"' if colour == _COLOURS["weighted"] else ""
-    return (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}" stroke-width="1.5"/>'
-        f'<text x="{x + 8:.1f}" y="{text:.1f}" fill="{colour}"{weight}>{escape(name)}</text>'
+    point = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}" stroke-width="1.5"/>'
+    if not named:
+        return point
+    left = row["kind"] == "kvarn"
+    others = [place for place in taken if place != (x, y)]
+    free = (
+        text
+        for text in sorted(range(round(y) - 120, round(y) + 120, 2), key=lambda text: abs(text - y))
+        if not any(
+            -12 < (x - other_x if left else other_x - x) < 150 and abs(text - other_y) < 11
+            for other_x, other_y in others
+        )
     )
+    text = next(free, y)
+    taken.append((x - 8 if left else x + 8, text))
+    name = row["name"].removeprefix("kvarn_").replace("_per_token_head", "_pth")
+    weight = ' font-weight="bold"' if colour == _COLOURS["weighted"] else ""
+    anchor = f'x="{x - 8:.1f}" text-anchor="end"' if left else f'x="{x + 8:.1f}"'
+    return f'{point}<text {anchor} y="{text + 4:.1f}" fill="{colour}"{weight}>{escape(name)}</text>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#dde3e9"/>'
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str = "#dde3e9") -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
