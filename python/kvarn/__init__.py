@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from kvarn._core import FORMAT_VERSION, __version__, cuda_missing, cuda_shapes, presets, target, targets
 from kvarn.layout import Layout
-from kvarn.verbs import append, attend, expand, rotate, workspace_bytes
+from kvarn.verbs import ENCODERS, append, attend, expand, rotate, workspace_bytes
 
 __all__ = [
+    "ENCODERS",
     "FORMAT_VERSION",
     "CudaWorkspace",
     "Layout",

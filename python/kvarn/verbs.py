@@ -9,6 +9,9 @@ import numpy as np
 from kvarn import _core
 from kvarn.layout import Layout
 
+# Of append: the library's own, which is the default, and the published algorithm.
+ENCODERS = ("weighted", "varnorm")
+
 _own = threading.local()
 
 

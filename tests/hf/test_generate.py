@@ -19,7 +19,7 @@ SERVED = sorted(set(KINDS) - SINKS)
 @pytest.fixture(params=sorted(KINDS))
 def model(request, device):
     if request.param in SINKS and device == "cpu":
-        pytest.skip("the CPU verbs have no sinks; test_refuse.py has what is said then")
+        pytest.skip("the CPU verbs have no sinks; test_hf_refuse.py has what is said then")
     return tiny(request.param, device, "eager" if request.param in ("gemma2", "gpt_oss") else "sdpa")
 
 

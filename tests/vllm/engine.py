@@ -22,6 +22,10 @@ ON_GPU = current_platform.is_cuda()
 RUNNER = os.environ.get("KVARN_TEST_RUNNER", "1")
 # A decode step, or the verification of drafts, in one CUDA graph.
 GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+CACHE = {"enable_prefix_caching": True}
+# Marks of tests that only a GPU can run.
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="vLLM's CUDA platform")]
+ROW_BY_ROW = pytest.mark.usefixtures("row_by_row")
 COUNTERS = {
     "hits": "vllm:prefix_cache_hits",
     "external hits": "vllm:external_prefix_cache_hits",
@@ -102,16 +106,18 @@ class Engine:
 
     def run(self, prompts: list[list[int]], tokens: int = 70, **sampling) -> list[Answer]:
         """Completions of token-id prompts, in order; greedy unless `sampling` says otherwise, never ended early."""
-        greedy = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False}
-        params = SamplingParams(**(greedy | sampling))
+        params = _sampling(tokens, **sampling)
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         self._cached += sum(output.num_cached_tokens or 0 for output in outputs)
         return [Answer.of(completion) for output in outputs for completion in output.outputs]
 
-    @staticmethod
-    def answer(output) -> Answer:
-        """Of a request with one completion."""
-        return Answer.of(output.outputs[0])
+    def start(self, name: str, prompt: list[int], tokens: int = 70) -> None:
+        """Asks as `run` does, and leaves it to the caller to call `step`."""
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, _sampling(tokens))
+
+    def step(self) -> dict[str, Answer]:
+        """One step of the engine: the answers that it finished, by name."""
+        return {out.request_id: Answer.of(out.outputs[0]) for out in self.llm.llm_engine.step() if out.finished}
 
     def abort_after(self, prompts: list[list[int]], steps: int) -> None:
         """Starts all prompts and gives them up together after some steps of the engine."""
@@ -136,6 +142,11 @@ class Engine:
         counted = {short: int(values.get(name, 0)) for short, name in COUNTERS.items()}
         # With asynchronous scheduling vLLM's own counter misses the first step after a pause.
         return counted | {"hits": max(counted["hits"], self._cached)}
+
+
+def _sampling(tokens: int, **changes) -> SamplingParams:
+    greedy = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False}
+    return SamplingParams(**(greedy | changes))
 
 
 def ngram(drafts: int) -> dict:

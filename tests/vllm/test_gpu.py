@@ -2,14 +2,9 @@
 """What a GPU adds to the identity matrix: CUDA graphs, prompts on FlashAttention, prompts of every length."""
 
 import pytest
-from engine import GRAPHS, ON_GPU, Engine, first_difference, ngram
+from engine import CACHE, GPU, GRAPHS, ROW_BY_ROW, Engine, first_difference, ngram
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not ON_GPU, reason="vLLM's CUDA platform"),
-    pytest.mark.usefixtures("row_by_row"),
-]
-CACHE = {"enable_prefix_caching": True}
+pytestmark = [*GPU, ROW_BY_ROW]
 
 
 @pytest.fixture

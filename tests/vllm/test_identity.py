@@ -6,13 +6,12 @@ counters of each run show that what the test is about did happen.
 """
 
 import pytest
-from engine import Engine, drafting, first_difference, ngram
+from engine import CACHE, ROW_BY_ROW, Engine, drafting, first_difference, ngram
 
-pytestmark = pytest.mark.usefixtures("row_by_row")
+pytestmark = ROW_BY_ROW
 
 # 19 usable pages, where eight requests would like 60.
 TIGHT = {"num_gpu_blocks_override": 20}
-CACHE = {"enable_prefix_caching": True}
 
 
 def test_one_request_at_a_time(small_model, prompts, base):

@@ -2,32 +2,22 @@
 """What a GPU server does to its cache between requests: idle steps, sleep, offload to host memory."""
 
 import pytest
-from engine import GRAPHS, ON_GPU, Engine, first_difference, ngram
-from vllm import SamplingParams
+from engine import CACHE, GPU, GRAPHS, ROW_BY_ROW, Engine, first_difference, ngram
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not ON_GPU, reason="vLLM's CUDA platform"),
-    pytest.mark.usefixtures("row_by_row"),
-]
-CACHE = {"enable_prefix_caching": True}
+pytestmark = [*GPU, ROW_BY_ROW]
 
 
 @pytest.mark.parametrize("options", [{}, GRAPHS], ids=["eager", "graphs"])
 def test_idle_steps_write_nothing(small_model, prompts, base, options):
     """Data-parallel ranks without work run dummy batches, with block table rows that others left."""
     with Engine(small_model, **options) as engine:
-        core = engine.llm.llm_engine
-        params = SamplingParams(temperature=0.0, max_tokens=70, ignore_eos=True, logprobs=0, detokenize=False)
         for i, prompt in enumerate(prompts):
-            core.add_request(str(i), {"prompt_token_ids": prompt}, params)
+            engine.start(str(i), prompt)
         answers = {}
-        while core.has_unfinished_requests():
-            for output in core.step():
-                if output.finished:
-                    answers[int(output.request_id)] = engine.answer(output)
+        while engine.llm.llm_engine.has_unfinished_requests():
+            answers |= engine.step()
             engine.llm.collective_rpc("execute_dummy_batch")
-    assert first_difference([answers[i] for i in range(len(prompts))], base) is None
+    assert first_difference([answers[str(i)] for i in range(len(prompts))], base) is None
 
 
 @pytest.mark.parametrize("level", [1])

@@ -7,9 +7,9 @@ from statistics import mean
 
 import pytest
 import tiny
-from engine import GRAPHS, ON_GPU, RUNNER, Engine
+from engine import CACHE, GPU, GRAPHS, RUNNER, Engine
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="vLLM's CUDA platform")]
+pytestmark = GPU
 PRECISE = {"kv_cache_dtype": "kvarn_k8v4_g128"}
 # The gated delta nets' own prefill kernel on Hopper comes with a package that need not be there.
 ROOM = {"num_gpu_blocks_override": 2000, "max_model_len": 2048, "additional_config": {"gdn_prefill_backend": "triton"}}
@@ -68,7 +68,7 @@ def gap(ours, theirs) -> float:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_near_to_16_bits(models, texts, in_16_bits, name, way):
-    with Engine(models[name], **PRECISE, **(ROOM | WAYS[way]), enable_prefix_caching=True) as engine:
+    with Engine(models[name], **PRECISE, **(ROOM | WAYS[way]), **CACHE) as engine:
         cold, warm = engine.run(texts, tokens=12), engine.run(texts, tokens=12)
         assert engine.counters()["hits"] > 0
     expected = in_16_bits(name, "graphs" if way in ("graphs", "compiled") else "eager")

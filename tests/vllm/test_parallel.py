@@ -4,19 +4,16 @@
 import pytest
 import tiny
 import torch
-from engine import GRAPHS, ON_GPU, Engine
-from test_models import ROOM, gap, texts  # noqa: F401  (a fixture)
+from engine import CACHE, GPU, GRAPHS, Engine
+from test_models import PRECISE, ROOM, gap, texts  # noqa: F401  (a fixture)
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not ON_GPU or torch.cuda.device_count() < 2, reason="two GPUs"),
-]
+pytestmark = [*GPU, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")]
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_two_gpus(tmp_path, texts, name):  # noqa: F811
     model = tiny.make(name, tmp_path)
-    options = ROOM | GRAPHS | {"kv_cache_dtype": "kvarn_k8v4_g128", "enable_prefix_caching": True}
+    options = PRECISE | ROOM | GRAPHS | CACHE
     with Engine(model, **options) as engine:
         alone = engine.run(texts, tokens=12)
     with Engine(model, **options, tensor_parallel_size=2) as engine:

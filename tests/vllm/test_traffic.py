@@ -6,14 +6,9 @@ import random
 import time
 
 import pytest
-from engine import GRAPHS, ON_GPU, RUNNER, Engine, first_difference, ngram
-from vllm import SamplingParams
+from engine import CACHE, GPU, GRAPHS, ROW_BY_ROW, RUNNER, Answer, Engine, first_difference, ngram
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not ON_GPU, reason="vLLM's CUDA platform"),
-    pytest.mark.usefixtures("row_by_row"),
-]
+pytestmark = [*GPU, ROW_BY_ROW]
 SECONDS = float(os.environ.get("KVARN_TRAFFIC_SECONDS", "20"))
 MOST = {"max_model_len": 1600, "max_num_seqs": 12, "max_num_batched_tokens": 700}
 KEPT = 24  # answers that a fresh engine has to repeat
@@ -39,34 +34,31 @@ class Traffic:
         while time.monotonic() < until or self.core.has_unfinished_requests():
             while time.monotonic() < until and len(self.asked) < 30 and self.draw.random() < 0.5:
                 tokens = int(2 ** self.draw.uniform(0, 7.5))
-                params = SamplingParams(
-                    temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False
-                )
                 self.asked[name := str(number)] = (self.prompt(), tokens)
-                self.core.add_request(name, {"prompt_token_ids": self.asked[name][0]}, params)
+                self.engine.start(name, *self.asked[name])
                 number += 1
             if self.asked and self.draw.random() < 0.02:
                 name = self.draw.choice(list(self.asked))
                 self.core.abort_request([name])
                 del self.asked[name]
                 self.given_up += 1
-            for output in self.core.step():
-                if output.finished and output.request_id in self.asked:
-                    self._finished(output)
+            for name, answer in self.engine.step().items():
+                if name in self.asked:
+                    self._finished((*self.asked.pop(name), answer))
 
-    def _finished(self, output) -> None:
-        question, self.done = self.asked.pop(output.request_id), self.done + 1
+    def _finished(self, told: tuple[list[int], int, Answer]) -> None:
+        self.done += 1
         if len(self.kept) < KEPT:
-            self.kept.append((*question, self.engine.answer(output)))
+            self.kept.append(told)
         elif self.draw.random() < KEPT / self.done:
-            self.kept[self.draw.randrange(KEPT)] = (*question, self.engine.answer(output))
+            self.kept[self.draw.randrange(KEPT)] = told
 
 
 @pytest.mark.parametrize("drafts", [0, 4])
 def test_random_traffic(small_model, prompts, drafts):
     words = [token for prompt in prompts for token in prompt]
     options = GRAPHS | MOST | (ngram(drafts) if drafts else {})
-    with Engine(small_model, **options, enable_prefix_caching=True, num_gpu_blocks_override=70) as engine:
+    with Engine(small_model, **options, **CACHE, num_gpu_blocks_override=70) as engine:
         pool = engine.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
         free = pool.get_num_free_blocks()
         traffic = Traffic(engine, words, seed=drafts + 10 * int(RUNNER))

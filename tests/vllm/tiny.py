@@ -21,7 +21,6 @@ _SHAPE = {
     "initializer_range": 0.08,
     "tie_word_embeddings": True,
 }
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 CONFIGS = {
     "qwen3": ("Qwen3Config", {"num_hidden_layers": 2}),
     # Three windowed layers to one full, soft caps off as published.
@@ -44,7 +43,6 @@ CONFIGS = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "tie_word_embeddings": False,
-            "quantization_config": None,
         },
     ),
     # Gated delta nets, and one layer of gated attention.
@@ -58,12 +56,12 @@ CONFIGS = {
             "linear_value_head_dim": 64,
             "shared_expert_intermediate_size": 128,
             "tie_word_embeddings": False,
-        }
-        | _EXPERTS,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+        },
     ),
 }
-
-
 # What config.json says of weights in four bits; what they are is for load_format="dummy" to say.
 QUANTIZED = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
@@ -84,6 +82,5 @@ def make(name: str, folder: Path, **changes) -> Path:
             torch.nn.init.normal_(layer.self_attn.sinks, mean=8.0, std=1.0)
     model.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
-    written.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(written | changes))
     return folder

@@ -8,24 +8,16 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvarn.cli.console import err, fail, out
 from kvarn.cli.eval import app as evaluation
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The low-bit KV cache on this machine.")
-out = Console()
-err = Console(stderr=True)
 bench = typer.Typer(no_args_is_help=True, help="Measures this machine.")
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
-
-
-def fail(message: object) -> typer.Exit:
-    """Says what is wrong on the error channel; raise what this returns."""
-    err.print(f"kvarn: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    return typer.Exit(1)
 
 
 @app.command()

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from kvarn.cli.console import fail, out
 
 app = typer.Typer(no_args_is_help=True, help="Accuracy of caches on a real model and text.")
-out = Console()
 
 
 @app.command()
@@ -25,8 +25,6 @@ def run(
     work: Annotated[Path | None, typer.Option(help="Where finished contexts are kept.")] = None,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity of kvarn's presets and of other formats. A stopped run goes on."""
-    from kvarn.cli.commands import fail
-
     try:
         _run(model, text, name, contexts, length, rows, results, work)
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
@@ -40,7 +38,6 @@ def report(
     svg: Annotated[Path, typer.Option(help="KL divergence against bits per value.")] = Path("eval.svg"),
 ) -> None:
     """Tables and a picture of one or more runs."""
-    from kvarn.cli.commands import fail
     from kvarn.eval import picture
     from kvarn.eval import report as reporting
     from kvarn.eval import results as stored

@@ -12,7 +12,6 @@ from kvarn.eval.attention import Cache
 from kvarn.eval.caches import Packed, Plain, Simulated
 from kvarn.rivals import RIVALS, Recent
 
-ENCODERS = ("weighted", "varnorm")
 # Rounds the newest tokens too, unlike kvarn; with its own tile raw, as kvarn has it, a format is compared as a format.
 WITH_TILE = ", own tile raw"
 
@@ -39,7 +38,7 @@ def rows(head_dim: int, kv_heads: int, full: Sequence[int], layers: int, only: s
         bits = kvarn.Layout(preset, head_dim=head_dim, kv_heads=kv_heads).bits_per_value
         found += [
             Row(f"{preset} {encoder}", "kvarn", bits, Recent.TILE.value, Packed(preset, encoder))
-            for encoder in ENCODERS
+            for encoder in kvarn.ENCODERS
         ]
     for name, rival in RIVALS.items():
         bits = rival.mean_bits(head_dim, full, layers)

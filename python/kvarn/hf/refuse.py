@@ -8,7 +8,6 @@ from transformers import cache_utils as tf
 
 import kvarn
 
-ENCODERS = ("weighted", "varnorm")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -16,8 +15,8 @@ def refuse(config: PretrainedConfig, preset: str, encoder: str) -> None:
     """Raises TypeError, ValueError or NotImplementedError with what was given, what is allowed and what to do."""
     if not isinstance(config, PretrainedConfig):
         raise TypeError(f"config is {type(config).__name__}; it must be a model's config: Cache(model.config)")
-    if encoder not in ENCODERS:
-        raise ValueError(f"encoder is {encoder!r}; it must be one of {', '.join(ENCODERS)}")
+    if encoder not in kvarn.ENCODERS:
+        raise ValueError(f"encoder is {encoder!r}; it must be one of {', '.join(kvarn.ENCODERS)}")
     decoder = config.get_text_config(decoder=True)
     name = decoder.model_type
     if config.is_encoder_decoder or decoder.is_encoder_decoder:

@@ -22,17 +22,14 @@ logger = init_logger("vllm.kvarn")
 
 def settle(config) -> None:
     """Settles the block size of `config` (a VllmConfig), once its layers exist, in place of vLLM's own choice."""
-    preset = preset_of(config)
-    layers = config.compilation_config.static_forward_context.values()
-    packed = [layer for layer in layers if getattr(layer, "kv_cache_dtype", None) == preset]
-    if not packed:
+    layers, layouts = config.compilation_config.static_forward_context.values(), packed_layouts(config)
+    if not layouts:
         raise refuse.Refused(
-            f"--kv-cache-dtype {preset}: every attention layer of this model has a sliding window or was left in 16 "
-            f"bits, so that there is nothing to pack; {refuse.USE_16_BIT}"
+            f"--kv-cache-dtype {preset_of(config)}: every attention layer of this model has a sliding window or was "
+            f"left in 16 bits, so that there is nothing to pack; {refuse.USE_16_BIT}"
         )
     states = [spec for layer in layers if isinstance(spec := _spec_of(layer, config), MambaSpec)]
     windows = any(getattr(layer, "sliding_window", None) is not None for layer in layers)
-    layouts = [kvarn.Layout(preset, head_dim=layer.head_size, kv_heads=layer.num_kv_heads) for layer in packed]
     page = min(map(page_bytes, layouts))
     state = max((replace(spec, page_size_padded=None).page_size_bytes for spec in states), default=0)
     tiles = max(-(-state // page), 1)
@@ -48,6 +45,14 @@ def settle(config) -> None:
         cache.mamba_page_size_padded = tiles * page
         if cache.mamba_cache_mode == "align":
             cache.mamba_block_size = tokens
+
+
+def packed_layouts(config) -> list[kvarn.Layout]:
+    """Of the layers that are packed, each layout once."""
+    preset, layers = preset_of(config), config.compilation_config.static_forward_context.values()
+    packed = [layer for layer in layers if getattr(layer, "kv_cache_dtype", None) == preset]
+    shapes = dict.fromkeys((layer.head_size, layer.num_kv_heads) for layer in packed)
+    return [kvarn.Layout(preset, *shape) for shape in shapes]
 
 
 def _spec_of(layer, config):

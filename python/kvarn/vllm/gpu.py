@@ -44,7 +44,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         layers = vllm_config.compilation_config.static_forward_context
         self.layer = layers[layer_names[0]].impl
         self.memory = memory.reserve(self.layer, vllm_config, device, layer_names[0])
-        self.decode_query = memory.Most.of(vllm_config).query
+        self.decode_query = self.memory.most.query
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> Metadata:
         batch, room, heads = common_attn_metadata, self.memory, self.layer.num_heads

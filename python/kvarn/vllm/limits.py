@@ -44,7 +44,7 @@ def check_config(preset: str, config) -> None:
 def leave_windows(config) -> None:
     """Leaves the layers of `config` (a VllmConfig) that have a sliding window in 16 bits, as if a user had said so."""
     skipped = config.cache_config.kv_cache_dtype_skip_layers
-    if config.model_config is None or config.model_config.get_sliding_window() is None or "sliding_window" in skipped:
+    if not _has_windows(config) or "sliding_window" in skipped:
         return
     from vllm.logger import init_logger  # not needed by `kvarn doctor`, which only lists LIMITS
 
@@ -93,10 +93,12 @@ def _heads(preset, config):
     return no_kernels(layout, model.get_num_attention_heads(parallel))
 
 
+def _has_windows(config) -> bool:
+    return config.model_config is not None and config.model_config.get_sliding_window() is not None
+
+
 def _windows(preset, config):
-    if config.model_config is None or config.model_config.get_sliding_window() is None:
-        return None
-    disabled = config.scheduler_config.disable_hybrid_kv_cache_manager
+    disabled = _has_windows(config) and config.scheduler_config.disable_hybrid_kv_cache_manager
     return "the model has sliding-window layers and the hybrid KV cache manager is disabled" if disabled else None
 
 
@@ -132,8 +134,10 @@ def _drafts(preset, config):
     drafts, model = config.speculative_config, config.model_config
     if drafts is None or model is None:
         return None
-    if drafts.method not in DRAFT_METHODS or getattr(drafts, "parallel_drafting", False):
-        return f"speculative method {drafts.method}{', in parallel' * (drafts.method in DRAFT_METHODS)}"
+    if drafts.method not in DRAFT_METHODS:
+        return f"speculative method {drafts.method}"
+    if getattr(drafts, "parallel_drafting", False):
+        return f"speculative method {drafts.method}, in parallel"
     if _heads(preset, config) or model.use_mla:
         return None
     asked, most = drafts.num_speculative_tokens, kvarn.Layout(preset, model.get_head_size(), 1).raw_tokens_per_page
@@ -141,10 +145,10 @@ def _drafts(preset, config):
 
 
 def _connector(preset, config):
-    transfer = config.kv_transfer_config
-    if transfer is None or getattr(transfer, "kv_connector", None) in WHOLE_BLOCK_CONNECTORS:
+    if config.kv_transfer_config is None:
         return None
-    return f"the KV connector {getattr(transfer, 'kv_connector', None)} is configured"
+    name = getattr(config.kv_transfer_config, "kv_connector", None)
+    return None if name in WHOLE_BLOCK_CONNECTORS else f"the KV connector {name} is configured"
 
 
 def _two_batches(preset, config):

@@ -21,9 +21,11 @@ class Memory:
     decode   kvarn.CudaWorkspace of steps, or of the part of a step, that kvarn's attention computes
     step     of whole steps that contain prompts; decode itself where kvarn's attention computes those too
     prompts  Prompts, or None
+    most     what it was made for
     """
 
     def __init__(self, layout, query_heads: int, most: "Most", dtype, device, prompts: bool):
+        self.most = most
         tokens, _, rows, requests, longest = most
         if prompts:
             self.decode = kvarn.CudaWorkspace(layout, rows, requests, query_heads, longest, device)

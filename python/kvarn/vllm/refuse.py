@@ -11,7 +11,6 @@ from kvarn import cuda
 
 from . import compat
 
-ENCODERS = ("weighted", "varnorm")
 # Whose attention computes prompts on a GPU: FlashAttention's, or kvarn's own, whose bits no schedule changes.
 PROMPTS = ("flash", "exact")
 USE_16_BIT = "serve this model with --kv-cache-dtype auto"
@@ -70,7 +69,7 @@ def _refuse_layer(preset: str, features: dict[str, bool]) -> None:
 
 def encoder_of(config) -> str:
     """The encoder chosen for this server: additional_config["kvarn_encoder"], else $KVARN_ENCODER, else weighted."""
-    return _choice(config, "kvarn_encoder", ENCODERS)
+    return _choice(config, "kvarn_encoder", kvarn.ENCODERS)
 
 
 def prompts_of(config) -> str:

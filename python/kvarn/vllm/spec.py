@@ -150,9 +150,7 @@ def of_layer(layer, made, vllm_config):
     preset = preset_of(vllm_config)
     if made is None or (type(made) not in (FullAttentionSpec, SlidingWindowSpec) and layer.kv_cache_dtype != preset):
         return made
-    layers = vllm_config.compilation_config.static_forward_context.values()
-    packing = [other for other in layers if getattr(other, "kv_cache_dtype", None) == preset]
-    layouts = [kvarn.Layout(preset, other.head_size, other.num_kv_heads) for other in packing]
+    layouts = blocks.packed_layouts(vllm_config)
     if layer.kv_cache_dtype != preset and type(made) is SlidingWindowSpec:
         smallest = min(layouts, key=blocks.page_bytes)
         return WindowSpec.of(made, **blocks.of_windows(made, smallest, vllm_config.cache_config.block_size))
