@@ -13,11 +13,11 @@ constexpr int aligned(int64_t bytes) { return static_cast<int>((bytes + 127) / 1
 // Works out the rest of a division; false if it needs more than `limit` bytes.
 bool fits(const kvarn_layout& layout, int limit, Division& d) {
   const int keys = slot_bytes(layout, key_part(layout)), values = slot_bytes(layout, value_part(layout));
-  const int warps = d.teams * d.team_warps, state = static_cast<int>(state_bytes(layout.head_dim));
+  const int state = static_cast<int>(state_bytes(layout.head_dim)), queries = query_bytes(layout.head_dim);
   if (d.teams * d.key_depth > kMaxSlots || d.states > kMaxStates) return false;
   d.queries_at = aligned(sizeof(Room));
-  d.states_at = d.queries_at + aligned(std::max(int64_t{4} * kWarpColumns * layout.head_dim * warps, int64_t{d.team_warps} * state));
-  d.keys_at = d.states_at + aligned(int64_t{d.states} * warps * state);
+  d.states_at = d.queries_at + aligned(std::max(d.quads() * queries, d.team_quads() * state));
+  d.keys_at = d.states_at + aligned(int64_t{d.states} * d.quads() * state);
   d.values_at = d.keys_at + d.teams * d.key_depth * keys;
   const int end = d.values_at + d.teams * d.value_depth * values;
   // The end of the CTA needs no slots, but the states.
@@ -34,22 +34,26 @@ cudaError_t divide(const kvarn_layout& layout, int32_t columns, Division& divisi
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  const int team_warps = columns / kWarpColumns;
+  // A warp of two quads unpacks codes once for both but is slower, 1.4 times as many instructions a tile: worth it
+  // where a team has more than one such warp (docs/kernels.md). Two quads of 256 channels do not fit into its
+  // registers.
+  const int warp_quads = columns > 2 * kQuadColumns && layout.head_dim <= kTwoQuadsHeadDim ? 2 : 1;
+  const int team_warps = columns / (kQuadColumns * warp_quads);
   Division d{};
   const auto use = [&](int teams, int states, int key_depth, int value_depth) {
     Division wanted{};
-    wanted.team_warps = team_warps, wanted.teams = teams, wanted.states = states;
+    wanted.team_warps = team_warps, wanted.warp_quads = warp_quads, wanted.teams = teams, wanted.states = states;
     wanted.key_depth = key_depth, wanted.value_depth = value_depth;
     if (!fits(layout, limit, wanted)) return false;
     d = wanted;
     return true;
   };
-  // As many teams as there are warps for; room for what most lists are left with; then steps in flight, K parts first: while
-  // the one is computed the next is there; then more room.
+  // As many teams as there are warps for; room for what most lists are left with; then steps in flight, K parts first:
+  // while the one is computed the next is there; then more room.
   int teams = kComputingWarps / team_warps;
   while (teams > 0 && !use(teams, 1, 1, 1)) --teams;
   if (teams == 0) return cudaErrorInvalidConfiguration;
-  while (d.states < 4 && use(teams, d.states + 1, 1, 1)) {
+  while (d.states < 4 / warp_quads && use(teams, d.states + 1, 1, 1)) {
   }
   for (int depth = 1; depth < kPieceTiles; ++depth)
     if (!use(teams, d.states, depth + 1, depth) || !use(teams, d.states, depth + 1, depth + 1)) break;

@@ -53,13 +53,13 @@ __device__ inline uint32_t pack_bfloats(float low, float high) {
   return bits;
 }
 
-// A segment's result, all of it in `total`, to the rows of the columns that warp `rank` of a team has. Not inlined: code that
+// A segment's result, all of it in `total`, to the rows of the columns of a team's quad `rank`. Not inlined: code that
 // is rarely used must not lie between code that is used all the time.
 template <class S>
 __device__ __noinline__ void finish(const AttendParameters& p, Target b, int head, int rank,
                                     const StoredState<S::head_dim>& total, int lane) {
-  const int g = lane >> 2, i = lane & 3, local = kWarpColumns * rank + i;
-  if (kWarpColumns * rank >= b.columns) return;
+  const int g = lane >> 2, i = lane & 3, local = kQuadColumns * rank + i;
+  if (kQuadColumns * rank >= b.columns) return;
   const int column = b.first_column + min(local, b.columns - 1);
   const int row = b.row + column / p.group, query_head = head * p.group + column % p.group;
   FullState<S::head_dim> state;

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// attend: one launch for a whole batch. The plan cuts the work into a list for every team of every CTA; some warps load for
-// the others, each team of those computes its list, and in the end the CTA folds what its lists were left with (docs/kernels.md).
+// attend: one launch for a whole batch. The plan cuts the work into a list for every team of every CTA; some warps load
+// for the others, each team of those computes its list, and in the end the CTA folds what its lists were left with
+// (docs/kernels.md).
 #pragma once
 
 #include "cuda/attend_compute.cuh"
+#include "cuda/attend_left.cuh"
 #include "cuda/attend_load.cuh"
 #include "cuda/attend_merge.cuh"
 
@@ -20,7 +22,7 @@ __device__ inline void begin_room(const AttendParameters& p, Room& room, int thr
   __syncthreads();
 }
 
-template <class S>
+template <class S, int kQuads>
 __global__ void __launch_bounds__(32 * kWarps, 1) attend_kernel(const __grid_constant__ AttendParameters p) {
   extern __shared__ __align__(128) uint8_t shared[];
   const RoomOf<S> room{p, shared};
@@ -34,7 +36,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) attend_kernel(const __grid_con
     if (loader == 0) find_left(p, *room, lane);
     if (loader == 1) clear_absent<S>(p, lane);
   } else {
-    compute<S>(p, room, warp, lane);
+    compute<S, kQuads>(p, room, warp, lane);
   }
   __syncthreads();
   Merge<S>(p, room, warp, lane).run();
@@ -42,10 +44,12 @@ __global__ void __launch_bounds__(32 * kWarps, 1) attend_kernel(const __grid_con
 
 template <class S>
 cudaError_t attend_shape(const AttendParameters& p, int32_t ctas, cudaStream_t stream) {
-  cudaError_t error = cudaFuncSetAttribute(attend_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, p.in.bytes);
+  auto* kernel = attend_kernel<S, 1>;
+  if constexpr (S::head_dim <= kTwoQuadsHeadDim) kernel = p.in.warp_quads == 2 ? attend_kernel<S, 2> : kernel;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.in.bytes);
   if (error != cudaSuccess) return error;
-  return launch_dependent(attend_kernel<S>, dim3(static_cast<unsigned>(ctas)), dim3(32 * kWarps),
-                          static_cast<size_t>(p.in.bytes), stream, p);
+  return launch_dependent(kernel, dim3(static_cast<unsigned>(ctas)), dim3(32 * kWarps), static_cast<size_t>(p.in.bytes),
+                          stream, p);
 }
 
 }  // namespace kvarn::cuda

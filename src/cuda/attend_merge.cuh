@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of a CTA: what its lists were left with, folded by all warps. A segment that it has to itself is finished; of one
-// that it shares with other CTAs its parts go to global memory, and the last CTA to arrive folds the parts of all.
+// The end of a CTA: what its lists were left with, folded by all warps. A segment that it has to itself is finished; of
+// one that it shares with other CTAs its parts go to global memory, and the last CTA to arrive folds the parts of all.
 #pragma once
 
 #include "cuda/attend_finish.cuh"
-#include "cuda/attend_order.cuh"
+#include "cuda/attend_slices.cuh"
 
 namespace kvarn::cuda {
 
@@ -13,13 +13,13 @@ struct alignas(8) PartCounts {
   int32_t head, tail;
 };
 
-// A CTA's stretch of the workspace: PartCounts and ranks in the first place, then the parts, a state of each warp of a team:
-// those of the head from the first one on, those of the tail from the last one back.
+// A CTA's stretch of the workspace: PartCounts and ranks in the first place, then the parts, a state of each quad of a
+// team: those of the head from the first one on, those of the tail from the last one back.
 template <class S>
 struct Parts {
   using Stored = StoredState<S::head_dim>;
   static constexpr int64_t kBytes = part_bytes(S::head_dim);
-  static_assert(kMaxTeamWarps * sizeof(Stored) <= kBytes && sizeof(PartCounts) + 4 * kMaxStates <= kBytes);
+  static_assert(kMaxTeamQuads * sizeof(Stored) <= kBytes && sizeof(PartCounts) + 4 * kMaxStates <= kBytes);
 
   uint8_t* base;
   int most;
@@ -29,118 +29,6 @@ struct Parts {
   __device__ int32_t& ranks(int index) const { return reinterpret_cast<int32_t*>(base + sizeof(PartCounts))[index]; }
   __device__ Stored* part(int index) const { return reinterpret_cast<Stored*>(base + (index + 1) * kBytes); }
   __device__ int place(int index, bool tail) const { return tail ? most - 1 - index : index; }
-};
-
-// Which segments the lists of this CTA will be left with, and with whom it shares them. By one warp, before the end.
-__device__ inline void find_left(const AttendParameters& p, Room& room, int lane) {
-  const int cta = static_cast<int>(blockIdx.x), ctas = static_cast<int>(gridDim.x), teams = p.in.teams;
-  const Cut cut = p.plan.cuts[cta * teams + min(lane, teams)];
-  const Cut begin = p.plan.cuts[cta * teams], end = p.plan.cuts[cta * teams + teams];
-  const auto of = [](const Cut& c, int block, int head) { return c.block == block && c.head == head; };
-  // A segment that is left reaches over the beginning of a list, or of the next CTA.
-  const bool over = lane <= teams && cut.step > 0 && begin.number < end.number;
-  const int block_before = __shfl_up_sync(~0u, cut.block, 1), head_before = __shfl_up_sync(~0u, cut.head, 1),
-            step_before = __shfl_up_sync(~0u, cut.step, 1);
-  const bool same = over && lane > 0 && step_before > 0 && of(cut, block_before, head_before);
-  const unsigned sames = __ballot_sync(~0u, same), firsts = __ballot_sync(~0u, over && !same);
-  if (lane == 0) room.left_count = __popc(firsts);
-  if (over && !same) {
-    Left& left = room.left[__popc(firsts & ((1u << lane) - 1))];
-    const BlockPlan& b = p.plan.blocks[cut.block];
-    const int last = lane + __ffs(static_cast<int>(~(sames >> lane >> 1))) - 1;
-    const bool head = lane == 0, tail = last == teams;
-    left = {cut.block, cut.head, max(lane - 1, 0), min(last, teams - 1), !head, !tail, Target::of(b), 0, b.steps, cta, cta,
-            head ? 0 : 1, false};
-    if (head || tail) left.steps = (tail ? end.step : b.steps) - (head ? begin.step : 0);
-  }
-  __syncwarp();
-#pragma unroll 1
-  for (int i = 0; i < __popc(firsts); ++i) {  // 32 CTAs at a time
-    Left& left = room.left[i];
-    if (left.steps == 0) continue;
-    int first = cta, last = cta;
-    if (left.end == 0)
-#pragma unroll 1
-      for (unsigned found = 0; found == 0;) {
-        const int candidate = first - 1 - lane;
-        bool before = candidate <= 0;
-        if (!before) {
-          const Cut c = p.plan.cuts[candidate * teams];
-          before = of(c, left.block, left.head) ? c.step == 0
-                                                : c.block < left.block || (c.block == left.block && c.head < left.head);
-        }
-        found = __ballot_sync(~0u, before);
-        first = max(found != 0 ? first - __ffs(static_cast<int>(found)) : first - 32, 0);
-      }
-#pragma unroll 1
-    for (unsigned beyond = 0; beyond == 0;) {
-      const int candidate = last + 1 + lane;
-      bool inside = candidate < ctas;
-      if (inside) {
-        const Cut c = p.plan.cuts[candidate * teams];
-        inside = of(c, left.block, left.head) && c.step > 0;
-      }
-      beyond = __ballot_sync(~0u, !inside);
-      last += beyond != 0 ? __ffs(static_cast<int>(beyond)) - 1 : 32;
-    }
-    if (lane == 0) left.first_cta = first, left.last_cta = last;
-    __syncwarp();
-  }
-}
-
-// One slice of partial results, folded in order by a warp. The topmost stays in registers; beneath it, waiting[] tells where
-// the others lie.
-class SliceFold {
- public:
-  __device__ SliceFold(Waiting* waiting, int lane) : waiting_(waiting), lane_(lane) {}
-
-  // What was read from `at`, which may be overwritten; the ranks before and behind it.
-  __device__ void take(State<1> state, Slice* at, int rank, int next) {
-    if (has_top_) {
-      if (rank < next && rank_ > rank) {
-        fold_behind(top_, state);
-        rank = rank_, at = at_;
-      } else {
-        push();
-      }
-    }
-#pragma unroll 1
-    while (depth_ > 0 && rank < next && below_.rank > rank) {
-      load_state(top_, below_.at, lane_);
-      fold_behind(top_, state);
-      rank = below_.rank, at = below_.at;
-      if (--depth_ > 0) below_ = waiting_[depth_ - 1];
-    }
-    top_ = state, at_ = at, rank_ = rank, next_ = next, has_top_ = true;
-  }
-  // What is left, in order: write(index, state, rank, next). Returns how many.
-  template <class Write>
-  __device__ int leave(Write write) {
-#pragma unroll 1
-    for (int i = 0; i < depth_; ++i) {
-      State<1> state;
-      load_state(state, waiting_[i].at, lane_);
-      write(i, state, waiting_[i].rank, i + 1 < depth_ ? waiting_[i + 1].rank : rank_);
-    }
-    write(depth_, top_, rank_, next_);
-    return depth_ + 1;
-  }
-
- private:
-  __device__ void push() {
-    below_ = {at_, rank_};
-    __syncwarp();
-    store_state(top_, at_, lane_);
-    if (lane_ == 0) waiting_[depth_] = below_;
-    ++depth_;
-    __syncwarp();
-  }
-  Waiting* waiting_;
-  State<1> top_;
-  Slice* at_ = nullptr;
-  Waiting below_{nullptr, 0};
-  int lane_, rank_ = 0, next_ = 0, depth_ = 0;
-  bool has_top_ = false;
 };
 
 template <class S>
@@ -158,10 +46,10 @@ class Merge {
     __syncthreads();
     if (warp_ < count && lane_ == 0 && room_->left[warp_].steps > 0) arrive_at(room_->left[warp_]);
 #pragma unroll 1
-    for (int i = warp_; i < count * p_.in.team_warps; i += kWarps) {
-      const Left& left = room_->left[i / p_.in.team_warps];
+    for (int i = warp_; i < count * p_.in.team_quads(); i += kWarps) {
+      const Left& left = room_->left[i / p_.in.team_quads()];
       if (left.steps > 0) continue;
-      const int rank = i % p_.in.team_warps;
+      const int rank = i % p_.in.team_quads();
       finish_at(left, rank, *reinterpret_cast<const Stored*>(first_piece(left)->at + rank * sizeof(Stored)));
     }
     __syncthreads();
@@ -175,10 +63,10 @@ class Merge {
 
   template <class Body>
   __device__ void for_slices(int segments, Body body) {
-    const int team_warps = p_.in.team_warps, tasks = segments * team_warps * kSlices;
+    const int team_quads = p_.in.team_quads(), tasks = segments * team_quads * kSlices;
 #pragma unroll 1
     for (int task = warp_; task < tasks; task += kWarps)
-      body(task / kSlices / team_warps, task / kSlices % team_warps, task % kSlices);
+      body(task / kSlices / team_quads, task / kSlices % team_quads, task % kSlices);
   }
   __device__ void finish_at(const Left& left, int rank, const Stored& total) const {
     finish<S>(p_, left.target, left.head, rank, total, lane_);
@@ -190,7 +78,8 @@ class Merge {
   }
   __device__ const Piece* end_of(const Left& left, int list) const {
     const int warp = list * p_.in.team_warps;
-    return room_->pieces[warp] + (left.ends && list == left.last ? room_->counts[warp].first_segment : room_->counts[warp].count);
+    return room_->pieces[warp] +
+           (left.ends && list == left.last ? room_->counts[warp].first_segment : room_->counts[warp].count);
   }
   __device__ const Piece* first_piece(const Left& left) const {
     int list = left.first;
@@ -198,7 +87,8 @@ class Merge {
     return begin_of(left, list);
   }
 
-  // What the lists were left with of a segment; to where it is finished (its first state) or waits for other CTAs' parts.
+  // What the lists were left with of a segment; to where it is finished (its first state) or waits for other CTAs'
+  // parts.
   __device__ void fold_lists(const Left& left, int rank, int slice) {
     SliceFold fold(end_.waiting[warp_], lane_);
     const int offset = rank * static_cast<int>(sizeof(Stored)) + slice * static_cast<int>(sizeof(Slice));
@@ -234,12 +124,12 @@ class Merge {
     if (left.merges) *counter = 0;
   }
 
-  // By the whole CTA, where states and slots were: a warp has a slice, and room for that of the parts. The results lie where
-  // queries were.
+  // By the whole CTA, where states and slots were: a warp has a slice, and room for that of the parts. The results lie
+  // where queries were.
   __device__ void merge(const Left& left) {
     for_slices(1, [&](int, int rank, int slice) { merge_slice(left, rank, slice); });
     __syncthreads();
-    if (warp_ < p_.in.team_warps) finish_at(left, warp_, merged(warp_));
+    if (warp_ < p_.in.team_quads()) finish_at(left, warp_, merged(warp_));
     __syncthreads();
   }
   __device__ Stored& merged(int rank) const { return reinterpret_cast<Stored*>(room_.queries(0))[rank]; }
@@ -247,8 +137,9 @@ class Merge {
   __device__ void merge_slice(const Left& left, int rank, int slice) {
     const int bytes = (p_.in.ending_at - p_.in.states_at) / kWarps, most = bytes / static_cast<int>(sizeof(Slice) + 16);
     Slice* copies = reinterpret_cast<Slice*>(room_.base + p_.in.states_at) + warp_ * most;
-    int32_t* codes = reinterpret_cast<int32_t*>(reinterpret_cast<Slice*>(room_.base + p_.in.states_at) + kWarps * most) +
-                     warp_ * most;
+    int32_t* codes =
+        reinterpret_cast<int32_t*>(reinterpret_cast<Slice*>(room_.base + p_.in.states_at) + kWarps * most) +
+        warp_ * most;
     SliceFold fold(end_.waiting[warp_], lane_);
     int before = 0;  // parts of the CTAs before
 #pragma unroll 1

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The queries of a segment, rotated and scaled, for the four columns of a warp.
+// The queries of a segment, rotated and scaled, for the columns of a warp.
 #pragma once
 
 #include "cuda/attend_room.cuh"
@@ -40,17 +40,17 @@ __device__ inline void rotate_over_warp(float (&x)[kCount][kHeadDim / 32], int l
   }
 }
 
-// Element 32 k + lane of columns first .. first + 3, not rotated yet; all loads are in flight at once.
-template <class S, class Bits>
+// Element 32 k + lane of kColumns columns from `first` on, not rotated yet; all loads are in flight at once.
+template <class S, class Bits, int kColumns>
 __device__ inline void load_queries(const AttendParameters& p, const Target& b, int head, int first, int lane,
-                                    float (&x)[kWarpColumns][S::head_dim / 32]) {
+                                    float (&x)[kColumns][S::head_dim / 32]) {
   constexpr int kEach = S::head_dim / 32;
-  Bits bits[kWarpColumns][kEach];
+  Bits bits[kColumns][kEach];
   const int column = b.first_column + min(first, b.columns - 1);
   int row = column / p.group, member = column - row * p.group;
   const Bits* data = static_cast<const Bits*>(p.q.data) + b.row * p.q.token_stride + head * p.group * p.q.head_stride + lane;
 #pragma unroll
-  for (int c = 0; c < kWarpColumns; ++c) {
+  for (int c = 0; c < kColumns; ++c) {
     const Bits* from = data + row * p.q.token_stride + member * p.q.head_stride;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) bits[c][k] = __ldcg(from + 32 * k);
@@ -58,7 +58,7 @@ __device__ inline void load_queries(const AttendParameters& p, const Target& b, 
   }
   const bool half = p.q.dtype == KVARN_FLOAT16;
 #pragma unroll
-  for (int c = 0; c < kWarpColumns; ++c)
+  for (int c = 0; c < kColumns; ++c)
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       if constexpr (sizeof(Bits) == 4)
@@ -70,38 +70,43 @@ __device__ inline void load_queries(const AttendParameters& p, const Target& b, 
     }
 }
 
-// For the columns of warp `rank` of a team, to where the CTA's warp `warp` finds them.
-template <class S>
+// For the kQuads quads of a warp, the first of which is `rank` of its team and `quad` of the CTA.
+template <class S, int kQuads>
 __device__ __noinline__ void prepare_queries(const AttendParameters& p, RoomOf<S> room, Target b, int head, int rank,
-                                             int warp, int lane) {
-  const int first = kWarpColumns * rank;
-  float x[kWarpColumns][S::head_dim / 32], largest[kWarpColumns] = {};
+                                             int quad, int lane) {
+  constexpr int kColumns = kQuadColumns * kQuads;
+  const int first = kQuadColumns * rank;
+  float x[kColumns][S::head_dim / 32], largest[kColumns] = {};
   if (p.q.dtype == KVARN_FLOAT32)
     load_queries<S, uint32_t>(p, b, head, first, lane, x);
   else
     load_queries<S, uint16_t>(p, b, head, first, lane, x);
   rotate_over_warp<S::head_dim>(x, lane);
-  float* to = room.queries(warp) + lane;
+  float* to = room.queries(quad) + lane;
   __syncwarp();  // what was there has been read
 #pragma unroll
-  for (int c = 0; c < kWarpColumns; ++c)
+  for (int c = 0; c < kColumns; ++c)
 #pragma unroll
     for (int k = 0; k < S::head_dim / 32; ++k) {
       x[c][k] *= p.factor;
       largest[c] = fmaxf(largest[c], fabsf(x[c][k]));
-      to[c * S::head_dim + 32 * k] = x[c][k];
+      to[c * query_stride(S::head_dim) + 32 * k] = x[c][k];
     }
 #pragma unroll 1
   for (int bit = 1; bit < 32; bit *= 2)
 #pragma unroll
     for (float& y : largest) y = fmaxf(y, __shfl_xor_sync(~0u, y, bit));
-  if (lane < kWarpColumns) {
-    const float mine = lane == 0 ? largest[0] : lane == 1 ? largest[1] : lane == 2 ? largest[2] : largest[3];
+#pragma unroll
+  for (int half = kColumns / 2; half > 0; half /= 2)  // largest[0]: of the lane's column
+#pragma unroll
+    for (int c = 0; c < half; ++c) largest[c] = lane & half ? largest[c + half] : largest[c];
+  if (lane < kColumns) {
     // The power of two above, within what has an inverse.
-    const uint32_t exponent = min(max(__float_as_uint(mine) >> 23, 64u), 190u) + 1;
+    const uint32_t exponent = min(max(__float_as_uint(largest[0]) >> 23, 64u), 190u) + 1;
     const int position = b.start + (b.first_column + first + lane) / p.group;
-    room->columns[warp][lane] = {__uint_as_float((254 - exponent) << 23), __uint_as_float(exponent << 23), position,
-                                 p.window > 0 ? position - p.window + 1 : 0};
+    room->columns[quad + lane / kQuadColumns][lane % kQuadColumns] = {
+        __uint_as_float((254 - exponent) << 23), __uint_as_float(exponent << 23), position,
+        p.window > 0 ? position - p.window + 1 : 0};
   }
   __syncwarp();
 }

@@ -14,8 +14,8 @@ namespace kvarn::cuda {
 
 // Four loading warps: with three warps a quarter of the multiprocessor, each may have 168 registers.
 inline constexpr int kLoadingWarps = 4, kWarps = kComputingWarps + kLoadingWarps;
-inline constexpr int kMaxTeamWarps = kMaxBlockColumns / kWarpColumns, kMaxSlots = 32;
-inline constexpr int kMaxStates = 60;  // of a warp: most_parts() of any length
+inline constexpr int kMaxTeamQuads = kMaxBlockColumns / kQuadColumns, kMaxSlots = 32;
+inline constexpr int kMaxStates = 60;  // of a quad: most_parts() of any length
 
 // What a segment is about, of its block's plan.
 struct Target {
@@ -33,7 +33,7 @@ inline constexpr uint32_t kItemRaw = 1;
 inline constexpr uint32_t kItemFirst = 2, kItemLast = 4;  // of the steps that are chained in registers
 inline constexpr uint32_t kItemEdge = 8;                  // there is a token here that some row of the block does not see
 
-// A partial result of a list: where the states of the team's warps are, and the ranks before and behind it.
+// A partial result of a list: where the states of the team's quads are, and the ranks before and behind it.
 struct alignas(16) Piece {
   uint8_t* at;
   int16_t rank, next;
@@ -63,12 +63,12 @@ struct Room {
   Barrier keys_full[kMaxSlots], keys_empty[kMaxSlots], values_full[kMaxSlots], values_empty[kMaxSlots];
   Barrier parts_full[kWarps];
   Item items[kMaxSlots];                               // of the K slots
-  QueryColumn columns[kComputingWarps][kWarpColumns];
+  QueryColumn columns[kMaxQuads][kQuadColumns];
   Piece pieces[kComputingWarps][kMaxStates];           // that a warp still has, in order; the same for all of a team
   Pieces counts[kComputingWarps];                      // of those
   Left left[kComputingWarps + 1];                      // in order
   int32_t left_count;
-  // then: queries [warp][4][D] f32, states [warp][states], K slots [team][depth], V slots
+  // then: queries [quad][4] (query_stride), states [states][quad], K slots [team][depth], V slots
 };
 
 // The end of a CTA (attend_merge.cuh), where the slots were.
@@ -104,17 +104,16 @@ struct RoomOf {
   uint8_t* base;
   __device__ Room& operator*() const { return *reinterpret_cast<Room*>(base); }
   __device__ Room* operator->() const { return reinterpret_cast<Room*>(base); }
-  __device__ float* queries(int warp) const {
-    return reinterpret_cast<float*>(base + p.in.queries_at) + warp * kWarpColumns * S::head_dim;
+  __device__ float* queries(int quad) const {
+    return reinterpret_cast<float*>(base + p.in.queries_at + quad * query_bytes(S::head_dim));
   }
   __device__ uint8_t* keys(int slot) const { return base + p.in.keys_at + slot * key_slot; }
   __device__ uint8_t* values(int slot) const { return base + p.in.values_at + slot * value_slot; }
-  // A warp's partial result, those of a team one after the other; what shared memory has no room for lies in global memory.
-  __device__ Stored& state(int warp, int index) const {
-    if (index < p.in.states)
-      return reinterpret_cast<Stored*>(base + p.in.states_at)[index * p.in.teams * p.in.team_warps + warp];
-    return reinterpret_cast<Stored*>(p.plan.spilled)[(static_cast<int64_t>(blockIdx.x) * p.max_parts + index) *
-                                                         kComputingWarps + warp];
+  // A quad's partial result, those of a team one after the other; what shared memory has no room for lies in global memory.
+  __device__ Stored& state(int quad, int index) const {
+    if (index < p.in.states) return reinterpret_cast<Stored*>(base + p.in.states_at)[index * p.in.quads() + quad];
+    return reinterpret_cast<Stored*>(
+        p.plan.spilled)[(static_cast<int64_t>(blockIdx.x) * p.max_parts + index) * kMaxQuads + quad];
   }
 };
 

@@ -5,8 +5,8 @@
 // only the order of the additions decides the bits. That order is fixed (attend_order.cuh), each by fold_value, in
 // registers or in memory. Folding an empty state (m = kEmpty, zeros) changes nothing.
 //
-// A warp has four columns. Lane 4 g + i holds of column i the channels 16 T + 2 g and + 1 for T = 0, 1, ..; m and l are
-// the same in all g.
+// A state is of a quad. Lane 4 g + i holds of column i the channels 16 T + 2 g and + 1 for T = 0, 1, ..; m and l are the
+// same in all g.
 #pragma once
 
 #include "cuda/machine.cuh"
@@ -15,6 +15,16 @@
 namespace kvarn::cuda {
 
 inline constexpr float kEmpty = -1e30f;
+
+// Of a warp's kQuads quads, the column of which a lane of rows g makes the right operand of an MMA.
+template <int kQuads>
+__device__ inline int query_column(int g) {
+  return kQuads == 1 ? g >> 1 : (g >> 1) + kQuadColumns * (g & 1);
+}
+// The queries of a quad, f32 [4][query_stride]: a stride of 4 more than the channels, so that lanes that read the same
+// channels of columns c and c + 4 touch different banks.
+constexpr int query_stride(int head_dim) { return head_dim + 4; }
+constexpr int query_bytes(int head_dim) { return 4 * kQuadColumns * query_stride(head_dim); }
 
 // kSlices: of 32 channels each; a warp that computes has all of them.
 template <int kSlices>
@@ -35,7 +45,7 @@ using FullState = State<kHeadDim / 32>;
 // slices of a state need not know of each other.
 struct Slice {
   float4 out[32];
-  float m[kWarpColumns], l[kWarpColumns];
+  float m[kQuadColumns], l[kQuadColumns];
 };
 template <int kHeadDim>
 struct StoredState {
@@ -54,7 +64,7 @@ __device__ inline void store_state(const State<kSlices>& s, Slice* to, int lane)
   for (int q = 0; q < kSlices; ++q) {
     const float* x = s.out + 4 * q;
     to[q].out[lane] = make_float4(x[0], x[1], x[2], x[3]);
-    if (lane < kWarpColumns) to[q].m[lane] = s.m, to[q].l[lane] = s.l;
+    if (lane < kQuadColumns) to[q].m[lane] = s.m, to[q].l[lane] = s.l;
   }
 }
 template <int kSlices>

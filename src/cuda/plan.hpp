@@ -63,7 +63,11 @@ constexpr int raw_row_bytes(int head_dim) { return 2 * head_dim + 16; }
 constexpr int raw_step(const kvarn_layout& l) { return 32 * raw_row_bytes(l.head_dim) <= l.v_codes ? 32 : 16; }
 inline constexpr int kPackedWeight = 2, kRawWeight = 3;  // of a step, as its time
 inline constexpr int kMinBlockColumns = 4, kMaxBlockColumns = 16;
-inline constexpr int kWarpColumns = 4, kComputingWarps = 8;  // of a warp; of a CTA of attention
+// Four columns are a quad: what one MMA multiplies, since a column takes two of its eight, and what one partial result
+// is of. A computing warp has one quad, or two of wider blocks: then it unpacks once for both.
+inline constexpr int kQuadColumns = 4, kMaxQuads = 16;  // kMaxQuads: of a CTA
+inline constexpr int kTwoQuadsHeadDim = 128;            // the largest of which a warp's registers hold two quads
+inline constexpr int kComputingWarps = 8;               // of a CTA of attention
 
 // Columns of a block: as many as the largest request of the step needs, in steps that there are kernels for.
 constexpr int32_t block_columns(const kvarn_layout& layout, int32_t query_heads, int32_t max_query_len) {
@@ -81,10 +85,10 @@ constexpr int64_t most_parts(const kvarn_layout& layout, int64_t max_seq_len) {
   return 2 * std::bit_width(static_cast<uint64_t>(pieces)) + 10;
 }
 
-// Room for one of them, of one warp's columns: slices of 32 channels with unit and value of every column.
-constexpr int64_t state_bytes(int32_t head_dim) { return head_dim / 32 * int64_t{4} * kWarpColumns * (32 + 2); }
+// Room for one of them, of one quad: slices of 32 channels with unit and value of every column.
+constexpr int64_t state_bytes(int32_t head_dim) { return head_dim / 32 * int64_t{4} * kQuadColumns * (32 + 2); }
 // Of all columns of a block, and their ranks.
-constexpr int64_t part_bytes(int32_t head_dim) { return kMaxBlockColumns / kWarpColumns * state_bytes(head_dim) + 32; }
+constexpr int64_t part_bytes(int32_t head_dim) { return kMaxBlockColumns / kQuadColumns * state_bytes(head_dim) + 32; }
 
 // Byte offsets into the workspace; the same for everybody who has the same layout and limits.
 struct WorkspaceMap {
@@ -115,7 +119,7 @@ struct Plan {
   Cut* cuts;
   uint32_t* counters;  // [ctas] 0 between launches
   uint8_t* parts;      // [ctas][1 + max_parts]: partial results of segments that several CTAs share
-  uint8_t* spilled;    // [ctas][max_parts][computing warps]: what shared memory has no room for
+  uint8_t* spilled;    // [ctas][max_parts][kMaxQuads]: what shared memory has no room for
   uint16_t* raw;       // [raw tile][kv_heads][2][G][D] f16, rotated
 };
 
