@@ -4,6 +4,7 @@
 kvarn's presets go through `kvarn.append` and `kvarn.attend` as in serving; other formats are simulated (kvarn.rivals).
 `kvarn eval run` measures, `kvarn eval report` draws. Needs torch and transformers.
 
+    model       the model, on a device
     text        a text file -> contexts of token ids
     attention   how a transformers model is made to attend through a cache
     caches      the caches that are compared
@@ -11,6 +12,7 @@ kvarn's presets go through `kvarn.append` and `kvarn.attend` as in serving; othe
     measure     one context through one cache -> scores of every token
     statistics  scores -> figures with bootstrap intervals
     run         all rows over all contexts, resumable
+    keys        names of what is done already
     results     one JSON object per run
     report      results -> Markdown
     picture     results -> SVG

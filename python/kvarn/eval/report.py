@@ -8,6 +8,8 @@ HEAD = (
     "|---|---|---|---|---|---|---|---|---|"
 )
 
+PASTS = {"decoded": "errors accumulate", "prompt": "the past as an exact prompt's"}
+
 
 def markdown(result: Mapping) -> str:
     """The tables of one run, by bits per value; kvarn's default encoder in bold."""
@@ -20,7 +22,8 @@ def title(result: Mapping) -> str:
         f"**{result['model']}**: head_dim {result['head_dim']}, {result['kv_heads']} KV heads, "
         f"{result['packed_layers']} of {result['layers']} layers packed; {result['text']}, contexts of "
         f"{result['context']:,}, {tokens:,} scored tokens; "
-        f"{result['date']}, commit {result['commit']}, {result['target']}."
+        f"{PASTS[result.get('past', 'decoded')]}; {result['date']}, commit {result['commit']}, "
+        f"{result.get('where', 'cpu float32')}, {result['target']}."
     )
 
 
