@@ -9,8 +9,10 @@ import torch
 
 from kvarn.cli.console import out
 from kvarn.demo.model import cache_directory, smollm2
-from kvarn.eval import results
+from kvarn.eval import results, tasks
+from kvarn.eval.answers import Asker, describe
 from kvarn.eval.attention import Past
+from kvarn.eval.generation import can_generate
 from kvarn.eval.model import Model
 from kvarn.eval.rows import rows
 from kvarn.eval.run import FIRST_SCORED, Runner
@@ -36,6 +38,34 @@ def text_run(path, text, name, contexts, length, only, past, device, dtype, wher
     out.print(f"written: {where}; kvarn eval report {where} draws it", markup=False, highlight=False)
 
 
+def task_run(path, name, names, data, questions, batch, only, device, dtype, where, work) -> None:
+    """kvarn eval ask; arguments as there."""
+    asked = tasks.tasks(data, [name.strip() for name in names.split(";")], questions)
+    model, facts = _load(path, name, device, dtype)
+    every = rows(facts["head_dim"], facts["kv_heads"], model.full_layers, facts["layers"])
+    chosen = {row.name for row in rows(facts["head_dim"], facts["kv_heads"], model.full_layers, facts["layers"], only)}
+    reference, chosen = every[0], [row for row in every[1:] if row.name in chosen and can_generate(row.cache)]
+    asker = Asker(model, batch, _folder(work))
+    told = [
+        {"name": t.name, "source": t.source, "questions": len(t.questions), "new_tokens": t.new_tokens} for t in asked
+    ]
+    result = results.about(facts) | {"batch": batch, "tasks": told, "rows": []}
+    exact = {}
+    with _progress((1 + len(chosen)) * sum(len(task.questions) for task in asked)) as advance:
+        for row in (reference, *chosen):
+            found = {}
+            shown = {"name": row.name, "kind": row.kind, "bits_per_value": row.bits_per_value, "tasks": found}
+            result["rows"].append(shown)
+            for task in asked:
+                about = f"{row.name}, {task.name}"
+                given = asker.ask(task, row, lambda count, about=about: advance(about, count))
+                found[task.name] = describe(given, exact.setdefault(task.name, given))
+                results.write(result, where)
+                right = found[task.name]["right_percent"]["value"]
+                out.print(f"{about}: {right:.1f} % right", highlight=False)
+    out.print(f"written: {where}; kvarn eval report {where} tabulates it", markup=False, highlight=False)
+
+
 def _load(path: Path | None, name: str | None, device: str, dtype: str) -> tuple[Model, dict]:
     """The model, and what a result says of it."""
     if device not in ("cpu", "cuda"):
@@ -54,7 +84,7 @@ def _folder(work: Path | None) -> Path:
 
 @contextmanager
 def _progress(total: int) -> Iterator:
-    """A bar; yields advance(description)."""
+    """A bar; yields advance(description, by)."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -67,4 +97,4 @@ def _progress(total: int) -> Iterator:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=out) as progress:
         task = progress.add_task("", total=total)
-        yield lambda description: progress.update(task, advance=1, description=description)
+        yield lambda description, by=1: progress.update(task, advance=by, description=description)

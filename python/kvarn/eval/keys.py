@@ -26,14 +26,14 @@ def _code(cache, device: str) -> str:
     modules = [kvarn.eval.attention.__name__, type(cache).__module__]
     if isinstance(cache, Packed):
         core = digest(Path(kvarn._core.__file__)) + (kvarn.target() if device == "cpu" else device)
-        return core + "".join(map(_meaning, modules))
+        return core + "".join(map(meaning, modules))
     if isinstance(cache, Simulated):
         modules += [type(cache.rival).__module__, kvarn.rivals.rounding.__name__]
-    return "".join(map(_meaning, modules))
+    return "".join(map(meaning, modules))
 
 
 @lru_cache
-def _meaning(module: str) -> str:
+def meaning(module: str) -> str:
     """A digest of a module's source without comments, layout and docstrings: to reword them costs no new run."""
     tree = ast.parse(Path(sys.modules[module].__file__).read_text(encoding="utf-8"))
     for node in ast.walk(tree):

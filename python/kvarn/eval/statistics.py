@@ -80,6 +80,13 @@ def median_ratio(scores: Scores, other: Scores) -> Estimate:
     return _estimate(np.median(a) / np.median(b), _medians(a, picks) / _medians(b, picks))
 
 
+def percent(values: np.ndarray) -> Estimate:
+    """100 times the mean of one value for each question; questions are drawn. All alike, the interval has no width."""
+    values = values.astype(np.float64)
+    picks = np.random.default_rng(SEED).integers(0, len(values), size=(RESAMPLES, len(values)))
+    return _estimate(values.mean(), values[picks].mean(axis=1), lambda x: 100 * x)
+
+
 def _medians(blocks: np.ndarray, picks: np.ndarray) -> np.ndarray:
     # One resample at a time: all of them together would be 2,000 copies of the data.
     return np.asarray([np.median(blocks[pick]) for pick in picks])
