@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """kvarn eval: its statistics on numbers made up for it, its caches and its commands on a small random model."""
 
+import copy
 import json
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="kvarn eval needs tran
 import kvarn  # noqa: E402
 from kvarn.cli.commands import app  # noqa: E402
 from kvarn.eval import measure, picture, report, results, statistics, text  # noqa: E402
-from kvarn.eval.attention import Layer, attending, exact, window_mask  # noqa: E402
+from kvarn.eval.attention import Layer, Past, attending, exact, window_mask  # noqa: E402
 from kvarn.eval.caches import Packed, Plain, Simulated  # noqa: E402
 from kvarn.eval.measure import Scores  # noqa: E402
 from kvarn.eval.rows import Row, rows  # noqa: E402
@@ -23,7 +25,10 @@ from kvarn.rivals import RIVALS, Recent  # noqa: E402
 
 
 def scores(kld, nll=None, reference_nll=None, same_top=None):
-    kld = np.asarray(kld, np.float32)
+    """Of one context, or of several where the arrays have two axes."""
+    given = kld, nll, reference_nll, same_top
+    kld, nll, reference_nll, same_top = (x if x is None else np.atleast_2d(x) for x in given)
+    kld = kld.astype(np.float32)
     zeros = np.zeros_like(kld)
     return Scores(
         kld,
@@ -63,6 +68,14 @@ def test_ratios_are_paired():
     assert other.low < 1 < other.high
     with pytest.raises(ValueError, match="not paired"):
         statistics.mean_ratio(scores(rough), scores(rough[:-128]))
+
+
+def test_contexts_that_differ_widen_the_interval():
+    noise = np.random.default_rng(4).normal(0, 0.1, (6, 128 * 15))
+    alike = statistics.summary(scores(5 + noise)).mean
+    apart = statistics.summary(scores(5 + noise + np.arange(6)[:, None])).mean
+    assert (alike.high - alike.low) < 0.03
+    assert 1 < apart.high - apart.low < 4
 
 
 def test_less_than_a_block_is_an_error():
@@ -115,9 +128,9 @@ def tokens():
     return np.random.default_rng(6).integers(0, 97, LENGTH + 1)
 
 
-def compared(model, tokens, cache):
+def compared(model, tokens, cache, past=Past.DECODED):
     reference = measure.hidden_states(model, tokens[:-1], Plain())
-    return measure.compare(model, reference, measure.hidden_states(model, tokens[:-1], cache), tokens, 128)
+    return measure.compare(model, reference, measure.hidden_states(model, tokens[:-1], cache, past), tokens, 128)
 
 
 def test_the_reference_is_the_model_itself(model, tokens):
@@ -134,6 +147,39 @@ def test_wider_codes_lose_less(model, tokens):
     ]
     assert 0 < loss[0] < loss[1] < loss[2]
     assert loss[0] < 1e-3
+
+
+@pytest.mark.parametrize("past", Past)
+def test_without_rounding_both_pasts_are_the_model_itself(model, tokens, past):
+    assert compared(model, tokens, Plain(), past).kld.max() < 1e-6
+
+
+def test_the_first_layer_knows_no_accumulation(model, tokens):
+    """Its keys and values come from the embeddings alone: a model of one layer is the same with either past."""
+    cache = Packed("kvarn_k2v2_g128", "weighted")
+    first = transformers.LlamaForCausalLM(transformers.LlamaConfig(**model.config.to_dict() | {"num_hidden_layers": 1}))
+    first.load_state_dict(model.state_dict(), strict=False)
+    decoded, prompt = (measure.hidden_states(first.eval(), tokens[:-1], cache, past) for past in Past)
+    torch.testing.assert_close(decoded, prompt, rtol=1e-4, atol=1e-4)
+    decoded, prompt = (measure.hidden_states(model, tokens[:-1], cache, past) for past in Past)
+    assert not torch.allclose(decoded, prompt, rtol=1e-2, atol=1e-2)
+
+
+def test_a_decoded_past_is_what_single_steps_leave(model, tokens):
+    """Pseudo-decode: token by token through the cache of kvarn.hf, and one pass here, are the same but for the order of
+    sums."""
+    cache = kvarn.hf.Cache(copy.deepcopy(model.config), "kvarn_k4v2_g128")
+    stepping = copy.deepcopy(model)
+    stepping.set_attn_implementation("kvarn")
+    with torch.inference_mode():
+        steps = [
+            stepping.base_model(torch.as_tensor(tokens[None, i : i + 1]), past_key_values=cache).last_hidden_state[0]
+            for i in range(LENGTH)
+        ]
+    whole = measure.hidden_states(model, tokens[:-1], Packed("kvarn_k4v2_g128", "weighted"))
+    # A sum in another order may round a code the other way: hardly any element may show it.
+    far = ~torch.isclose(torch.cat(steps), whole, rtol=1e-2, atol=1e-2)
+    assert far.float().mean() < 0.01
 
 
 def test_the_first_tile_is_raw(model, tokens):
@@ -173,6 +219,28 @@ def test_recent_tokens_are_read_raw(recent):
     torch.testing.assert_close(Simulated(rival, recent)(q, k, v, 0.1, Layer(0, 3)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", RIVALS)
+def test_simulations_stay_on_the_device_of_their_tensors(name):
+    """torch's meta device computes nothing, but refuses to mix devices as a GPU does."""
+    q, k, v = (torch.empty(300, heads, 128, device="meta") for heads in (4, 2, 2))
+    for recent in Recent:
+        assert Simulated(RIVALS[name], recent)(q, k, v, 0.1, Layer(3, 9)).device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "cache", [Packed("kvarn_k4v2_g128", "weighted"), *(Simulated(r, r.recent) for r in RIVALS.values())]
+)
+def test_caches_on_a_gpu(cache):
+    if missing := kvarn.cuda_missing():
+        pytest.skip(missing)
+    draw = torch.Generator().manual_seed(10)
+    q, k, v = (torch.randn(700, heads, 128, generator=draw) for heads in (4, 2, 2))
+    there = cache(*(x.cuda() for x in (q, k, v)), 0.1, Layer(3, 9)).cpu()
+    here = cache(q, k, v, 0.1, Layer(3, 9))
+    assert (there - here).norm() < 0.01 * here.norm()
+
+
 def test_boundary_layers_of_turboquant_are_exact():
     q, k, v = (torch.randn(40, 2, 64, generator=torch.Generator().manual_seed(9)) for _ in range(3))
     cache = Simulated(RIVALS["turboquant_3bit_nc"], Recent.NONE)
@@ -201,7 +269,8 @@ def test_rows_have_names_of_their_own_and_are_chosen_by_pattern():
 
 def test_a_stopped_run_goes_on_where_it_was(model, tokens, tmp_path, monkeypatch):
     runner = Runner.__new__(Runner)
-    runner.model, runner.work, runner._weights = model, tmp_path, "weights"
+    runner.model = SimpleNamespace(net=model, device=model.device, weights="weights", where="cpu")
+    runner.past, runner.work = Past.DECODED, tmp_path
     runner.tokens = np.stack([tokens, tokens[::-1]])
     cache = Simulated(RIVALS["q4_0"], Recent.TILE)
     first = runner.run(cache)
@@ -282,6 +351,9 @@ def test_commands(model, tmp_path, monkeypatch):
     for wrong, said in (
         (["eval", "run", "--model", "nowhere"], "no model at nowhere"),
         ([*asked, "--rows", "q3_0"], "no row is called"),
+        ([*asked, "--past", "future"], "must be one of decoded, prompt"),
+        ([*asked, "--dtype", "int3"], "must be one of float32"),
+        ([*asked, "--device", "tpu"], "must be cpu or cuda"),
         (["eval", "report", "text"], "not JSON"),
         (["eval", "report", "model/config.json"], "no result of kvarn eval run"),
     ):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache costs in accuracy: KL divergence, top-1 agreement and perplexity of a real model on a real text.
+"""What a cache costs in accuracy: KL divergence, top-1 agreement and perplexity of a real model on a real text, and how
+many questions it still answers.
 
 kvarn's presets go through `kvarn.append` and `kvarn.attend` as in serving; other formats are simulated (kvarn.rivals).
-`kvarn eval run` measures, `kvarn eval report` draws. Needs torch and transformers.
+`kvarn eval run` and `ask` measure, `kvarn eval report` draws. Needs torch and transformers.
 
+    model       the model, on a device
     text        a text file -> contexts of token ids
     attention   how a transformers model is made to attend through a cache
     caches      the caches that are compared
@@ -11,6 +13,10 @@ kvarn's presets go through `kvarn.append` and `kvarn.attend` as in serving; othe
     measure     one context through one cache -> scores of every token
     statistics  scores -> figures with bootstrap intervals
     run         all rows over all contexts, resumable
+    tasks       questions and the rules by which their sources count answers right
+    generation  greedy answers through transformers caches
+    answers     all rows over all questions, resumable
+    keys        names of what is done already
     results     one JSON object per run
     report      results -> Markdown
     picture     results -> SVG

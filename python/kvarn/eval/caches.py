@@ -36,15 +36,16 @@ class Packed:
         layout = kvarn.Layout(self.preset, head_dim=head_dim, kv_heads=kv_heads)
         count = -(-tokens // layout.page_tokens) + layout.pages_ahead
         # All ones are NaN in every scale: a read of bytes that nobody wrote would show.
-        pages = torch.full((count, layout.page_bytes), 0xFF, dtype=torch.uint8)
-        table = torch.arange(count, dtype=torch.int32).flip(0).reshape(1, count).contiguous()
-        lengths = torch.tensor([tokens], dtype=torch.int32)
-        starts = torch.tensor([0, tokens], dtype=torch.int32)
-        replaced = kvarn.append(layout, pages, table, lengths, starts, k, v, encoder=self.encoder)
-        if replaced:
+        pages = torch.full((count, layout.page_bytes), 0xFF, dtype=torch.uint8, device=k.device)
+        table = torch.arange(count, dtype=torch.int32, device=k.device).flip(0).reshape(1, count).contiguous()
+        lengths = torch.tensor([tokens], dtype=torch.int32, device=k.device)
+        starts = torch.tensor([0, tokens], dtype=torch.int32, device=k.device)
+        counted = torch.zeros(1, dtype=torch.int64, device=k.device) if k.is_cuda else None
+        step = layout, pages, table, lengths, starts
+        replaced = kvarn.append(*step, k, v, encoder=self.encoder, replaced=counted)
+        if replaced := counted.item() if k.is_cuda else replaced:
             raise ValueError(f"{self.preset}: {replaced} elements of K or V are not finite or above 65,504")
-        out = torch.empty(q.shape, dtype=q.dtype)
-        return kvarn.attend(layout, pages, table, lengths, starts, q, scale=scale, out=out)
+        return kvarn.attend(*step, q, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Simulated:
         """The rows of one tile, which share their raw keys but under Recent.KIVI not their raw values."""
         end = min(first + TILE, len(q))
         keys = torch.cat([packed_k[:first], k[first:end]]).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        rows, columns = torch.arange(first, end)[:, None], torch.arange(end)
+        columns = torch.arange(end, device=q.device)
+        rows = columns[first:, None]
         scores = torch.einsum("thd,shd->hts", q[first:end], keys) * scale
         weights = scores.masked_fill(columns > rows, -torch.inf).softmax(-1)
         raw = columns >= (first if self.recent is Recent.TILE else rows - KIVI_VALUES)

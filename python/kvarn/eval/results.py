@@ -26,11 +26,16 @@ def pairs() -> list[tuple[str, str]]:
     return found
 
 
+def about(facts: Mapping) -> dict:
+    """facts: model, text, and so on; with the day and what was run."""
+    return {"date": date.today().isoformat(), "version": kvarn.__version__, "target": kvarn.target(), **facts}
+
+
 class Result:
-    """The object of a run, which grows row by row. facts: model, text, and so on."""
+    """The object of a run over a text, which grows row by row."""
 
     def __init__(self, facts: Mapping):
-        self.about = {"date": date.today().isoformat(), "version": kvarn.__version__, "target": kvarn.target(), **facts}
+        self.about = about(facts)
         self.rows: list[dict] = []
         self.pairs: list[dict] = []
         self._scores: dict[str, Scores] = {}
@@ -63,9 +68,10 @@ def read(path: Path) -> dict:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give files that kvarn eval run has written") from None
-    if not isinstance(result, dict) or not {"model", "context", "rows", "pairs"} <= result.keys():
-        raise ValueError(f"{path} is no result of kvarn eval run")
+        raise ValueError(f"{path} is not JSON ({error}); give files that kvarn eval has written") from None
+    kinds = {"model", "context", "rows", "pairs"}, {"model", "tasks", "rows"}
+    if not isinstance(result, dict) or not any(kind <= result.keys() for kind in kinds):
+        raise ValueError(f"{path} is no result of kvarn eval run or ask")
     return result
 
 

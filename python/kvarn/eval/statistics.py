@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the scores of tokens to the figures of a row. Intervals are 95 %, by bootstrap over blocks of 128 tokens.
+"""From the scores of tokens to the figures of a row. Intervals are 95 %, by bootstrap over contexts, and in each over
+blocks of 128 tokens.
 
 Neighbouring tokens share their history and so their error; blocks of the tile's size keep that dependence together.
+Contexts differ more than blocks of one do; an interval from a single context cannot know by how much.
 """
 
 from dataclasses import dataclass
@@ -44,11 +46,11 @@ class Summary:
 
 def summary(scores: Scores) -> Summary:
     """The figures of one cache."""
-    kld = np.sort(scores.kld.astype(np.float64))
-    blocks = _blocks(scores.kld.astype(np.float64))
-    picks = _resamples(len(blocks))
+    kld = np.sort(scores.kld.astype(np.float64), axis=None)
+    blocks = _blocks(scores.kld)
+    picks = _resamples(scores)
     kept = kld[: max(1, int(np.ceil(len(kld) * 0.99)))]
-    same = _blocks(scores.same_top.astype(np.float64)).mean(axis=1)
+    same = _blocks(scores.same_top).mean(axis=1)
     gain = _blocks(scores.nll.astype(np.float64) - scores.reference_nll).mean(axis=1)
     return Summary(
         tokens=len(kld),
@@ -66,7 +68,7 @@ def summary(scores: Scores) -> Summary:
 def mean_ratio(scores: Scores, other: Scores) -> Estimate:
     """Mean KLD of `scores` over that of `other`, paired: the same tokens of the same contexts."""
     a, b = _paired_blocks(scores, other)
-    picks = _resamples(len(a))
+    picks = _resamples(scores)
     a, b = a.mean(axis=1), b.mean(axis=1)
     return _estimate(a.mean() / b.mean(), a[picks].mean(axis=1) / b[picks].mean(axis=1))
 
@@ -74,8 +76,15 @@ def mean_ratio(scores: Scores, other: Scores) -> Estimate:
 def median_ratio(scores: Scores, other: Scores) -> Estimate:
     """As `mean_ratio`, of the medians."""
     a, b = _paired_blocks(scores, other)
-    picks = _resamples(len(a))
+    picks = _resamples(scores)
     return _estimate(np.median(a) / np.median(b), _medians(a, picks) / _medians(b, picks))
+
+
+def percent(values: np.ndarray) -> Estimate:
+    """100 times the mean of one value for each question; questions are drawn. All alike, the interval has no width."""
+    values = values.astype(np.float64)
+    picks = np.random.default_rng(SEED).integers(0, len(values), size=(RESAMPLES, len(values)))
+    return _estimate(values.mean(), values[picks].mean(axis=1), lambda x: 100 * x)
 
 
 def _medians(blocks: np.ndarray, picks: np.ndarray) -> np.ndarray:
@@ -84,20 +93,25 @@ def _medians(blocks: np.ndarray, picks: np.ndarray) -> np.ndarray:
 
 
 def _blocks(values: np.ndarray) -> np.ndarray:
-    """[blocks, BLOCK]; an incomplete last block is left out."""
-    if len(values) < BLOCK:
-        raise ValueError(f"{len(values)} scored tokens; at least one block of {BLOCK} is needed")
-    return values[: len(values) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    """float64 [all blocks, BLOCK], context by context; an incomplete last block of each is left out."""
+    tokens = values.shape[1]
+    if tokens < BLOCK:
+        raise ValueError(f"{tokens} scored tokens in a context; at least one block of {BLOCK} is needed")
+    return values[:, : tokens // BLOCK * BLOCK].astype(np.float64).reshape(-1, BLOCK)
 
 
 def _paired_blocks(scores: Scores, other: Scores) -> tuple[np.ndarray, np.ndarray]:
-    if len(scores.kld) != len(other.kld):
-        raise ValueError(f"not paired: {len(scores.kld)} tokens against {len(other.kld)}")
-    return _blocks(scores.kld.astype(np.float64)), _blocks(other.kld.astype(np.float64))
+    if scores.kld.shape != other.kld.shape:
+        raise ValueError(f"not paired: {scores.kld.shape} tokens against {other.kld.shape}")
+    return _blocks(scores.kld), _blocks(other.kld)
 
 
-def _resamples(blocks: int) -> np.ndarray:
-    return np.random.default_rng(SEED).integers(0, blocks, size=(RESAMPLES, blocks))
+def _resamples(scores: Scores) -> np.ndarray:
+    """[RESAMPLES, all blocks]: numbers of the blocks drawn, contexts first and then blocks of each, with repetition."""
+    contexts, blocks = scores.kld.shape[0], scores.kld.shape[1] // BLOCK
+    draw = np.random.default_rng(SEED)
+    texts = draw.integers(0, contexts, size=(RESAMPLES, contexts, 1))
+    return (texts * blocks + draw.integers(0, blocks, size=(RESAMPLES, contexts, blocks))).reshape(RESAMPLES, -1)
 
 
 def _estimate(value: float, drawn: np.ndarray, unit=lambda x: x) -> Estimate:

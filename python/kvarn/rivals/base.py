@@ -21,10 +21,12 @@ class Rival(ABC):
 
     recent      tokens that the format itself keeps in 16 bits; not counted in its bits per value, as kvarn's are not
     raw_layers  so many layers at the start and as many at the end stay in 16 bits, and those are counted
+    by_token    what a token rounds to does not depend on other tokens
     """
 
     recent: Recent = Recent.NONE
     raw_layers: int = 0
+    by_token: bool = True
 
     @property
     @abstractmethod

@@ -33,6 +33,7 @@ class Fp8Calibrated(Fp8):
     """The largest magnitude of the layer, in this very context, becomes 448: the best that calibration can do."""
 
     name = "fp8, calibrated"
+    by_token = False
 
     def keys(self, k: torch.Tensor) -> torch.Tensor:
         scale = k.abs().max().clamp_min(1e-12) / E4M3_MAX

@@ -21,6 +21,7 @@ class Kivi(Rival):
     bits: int
 
     recent = Recent.KIVI
+    by_token = False
 
     @property
     def name(self) -> str:

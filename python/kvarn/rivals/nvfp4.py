@@ -25,7 +25,7 @@ class Nvfp4(Rival):
 
     def keys(self, k: torch.Tensor) -> torch.Tensor:
         blocks = k.unflatten(-1, (-1, BLOCK))
-        scale = to_e4m3(blocks.abs().amax(-1, keepdim=True) / LEVELS[-1])
+        scale = to_e4m3(blocks.abs().amax(-1, keepdim=True) / LEVELS[-1].item())
         return (to_e2m1(torch.where(scale == 0, 0.0, blocks / scale)) * scale).flatten(-2)
 
     values = keys
@@ -33,8 +33,9 @@ class Nvfp4(Rival):
 
 def to_e2m1(x: torch.Tensor) -> torch.Tensor:
     """To the nearest level, saturating at 6; a tie goes to the level with an even mantissa."""
-    middles = (LEVELS[1:] + LEVELS[:-1]) / 2
+    levels = LEVELS.to(x.device)
+    middles = (levels[1:] + levels[:-1]) / 2
     magnitude = x.abs()
     # Counting the middles below: `right` takes a tie up, `left` down; the even one has an even index.
     down, up = torch.bucketize(magnitude, middles), torch.bucketize(magnitude, middles, right=True)
-    return torch.copysign(LEVELS[torch.where(down % 2 == 0, down, up)], x)
+    return torch.copysign(levels[torch.where(down % 2 == 0, down, up)], x)

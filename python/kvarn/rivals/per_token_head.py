@@ -44,7 +44,7 @@ class Int4PerTokenHead(Rival):
 
     def keys(self, k: torch.Tensor) -> torch.Tensor:
         size = power_of_two(k.shape[-1])
-        signs = _signs(size).repeat(k.shape[-1] // size)
+        signs = _signs(size).repeat(k.shape[-1] // size).to(k.device)
         return rotate(self.round(rotate(k * signs, size)), size) * signs
 
     values = keys

@@ -21,7 +21,7 @@ def hadamard(size: int) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, size: int) -> torch.Tensor:
     """Every `size` elements of the last axis by the Hadamard matrix; a second call undoes the first."""
-    return (x.unflatten(-1, (-1, size)) @ hadamard(size)).flatten(-2)
+    return (x.unflatten(-1, (-1, size)) @ hadamard(size).to(x.device)).flatten(-2)
 
 
 def power_of_two(n: int) -> int:
@@ -31,7 +31,7 @@ def power_of_two(n: int) -> int:
 
 def half_away(x: torch.Tensor) -> torch.Tensor:
     """To the nearest integer, halves away from zero (C's roundf; torch.round takes halves to even)."""
-    return torch.trunc(x + torch.copysign(torch.tensor(0.5), x))
+    return torch.trunc(x + 0.5 * x.sign())
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:

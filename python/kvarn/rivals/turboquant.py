@@ -39,7 +39,7 @@ class TurboQuant(Rival):
         head_dim = k.shape[-1]
         norm = k.norm(dim=-1, keepdim=True)
         unit = rotate(k / (norm + 1e-8), head_dim)
-        levels = codebook(self.k_bits)
+        levels = codebook(self.k_bits).to(k.device)
         # The codebook is that of a standard Gaussian; an element of a random unit vector has variance 1 / head_dim.
         picked = levels[torch.bucketize(unit * head_dim**0.5, (levels[1:] + levels[:-1]) / 2, right=True)]
         return rotate(picked / picked.norm(dim=-1, keepdim=True) * to_half(norm), head_dim)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loops of `kvarn eval`: a model, its rows, a bar, and a JSON file that grows row by row."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from kvarn.cli.console import out
+from kvarn.demo.model import cache_directory, smollm2
+from kvarn.eval import results, tasks
+from kvarn.eval.answers import Asker, describe
+from kvarn.eval.attention import Past
+from kvarn.eval.generation import can_generate
+from kvarn.eval.model import Model
+from kvarn.eval.rows import rows
+from kvarn.eval.run import FIRST_SCORED, Runner
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def text_run(path, text, name, contexts, length, only, past, device, dtype, where, work) -> None:
+    """kvarn eval run; arguments as there."""
+    if past not in (pasts := [kind.value for kind in Past]):
+        raise ValueError(f"--past is {past!r}; it must be one of {', '.join(pasts)}")
+    model, facts = _load(path, name, device, dtype)
+    runner = Runner(model, text, contexts, length, Past(past), _folder(work))
+    facts |= {"text": text.name, "context": length, "contexts": contexts, "first_scored": FIRST_SCORED, "past": past}
+    asked = rows(facts["head_dim"], facts["kv_heads"], model.full_layers, facts["layers"], only)
+    result = results.Result(facts)
+    with _progress(len(asked) * contexts) as advance:
+        for row in asked:
+            result.add(row, runner.run(row.cache, lambda name=row.name: advance(name)))
+            results.write(result.describe(), where)
+            mean, median = result.rows[-1]["mean"], result.rows[-1]["median"]
+            out.print(f"{row.name}: mean KLD {mean['value']:.5f}, median {median['value']:.5f}", highlight=False)
+    out.print(f"written: {where}; kvarn eval report {where} draws it", markup=False, highlight=False)
+
+
+def task_run(path, name, names, data, questions, batch, only, device, dtype, where, work) -> None:
+    """kvarn eval ask; arguments as there."""
+    asked = tasks.tasks(data, [name.strip() for name in names.split(";")], questions)
+    model, facts = _load(path, name, device, dtype)
+    every = rows(facts["head_dim"], facts["kv_heads"], model.full_layers, facts["layers"])
+    chosen = {row.name for row in rows(facts["head_dim"], facts["kv_heads"], model.full_layers, facts["layers"], only)}
+    reference, chosen = every[0], [row for row in every[1:] if row.name in chosen and can_generate(row.cache)]
+    asker = Asker(model, batch, _folder(work))
+    told = [
+        {"name": t.name, "source": t.source, "questions": len(t.questions), "new_tokens": t.new_tokens} for t in asked
+    ]
+    result = results.about(facts) | {"batch": batch, "tasks": told, "rows": []}
+    exact = {}
+    with _progress((1 + len(chosen)) * sum(len(task.questions) for task in asked)) as advance:
+        for row in (reference, *chosen):
+            found = {}
+            shown = {"name": row.name, "kind": row.kind, "bits_per_value": row.bits_per_value, "tasks": found}
+            result["rows"].append(shown)
+            for task in asked:
+                about = f"{row.name}, {task.name}"
+                given = asker.ask(task, row, lambda count, about=about: advance(about, count))
+                found[task.name] = describe(given, exact.setdefault(task.name, given))
+                results.write(result, where)
+                right = found[task.name]["right_percent"]["value"]
+                out.print(f"{about}: {right:.1f} % right", highlight=False)
+    out.print(f"written: {where}; kvarn eval report {where} tabulates it", markup=False, highlight=False)
+
+
+def _load(path: Path | None, name: str | None, device: str, dtype: str) -> tuple[Model, dict]:
+    """The model, and what a result says of it."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {device!r}; it must be cpu or cuda")
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+    # Asked now: what is committed while this runs was not measured.
+    commit = results.commit()
+    model = Model(smollm2() if path is None else path, device, _DTYPES[dtype])
+    return model, {"commit": commit, **model.facts(name or ("SmolLM2-135M-Instruct" if path is None else None))}
+
+
+def _folder(work: Path | None) -> Path:
+    return work or cache_directory() / "eval"
+
+
+@contextmanager
+def _progress(total: int) -> Iterator:
+    """A bar; yields advance(description, by)."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=out) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda description, by=1: progress.update(task, advance=by, description=description)
