@@ -300,12 +300,25 @@ def test_report_has_every_row_and_the_ratios(tmp_path):
     )
     results.write(result, path := tmp_path / "run.json")
     page = report.markdown(results.read(path))
+    assert "; perplexity " in page and " without a cache; " in page
     assert "| q | 4 |" in page and "| **kvarn_k4v2_g128 weighted** | 3.56 |" in page
     assert "| kvarn_k4v2_g128 weighted | kvarn_k4v2_g128 varnorm | 0.40 [0.40, 0.40] | 0.40 [0.40, 0.40] |" in page
     svg = ElementTree.fromstring(picture.draw([result, result]))
     assert len(svg.findall("{*}circle")) == 6
     with pytest.raises(ValueError, match="no row below"):
         picture.draw([made_up([("bf16", "16-bit", 16, 1)])])
+
+
+def test_names_in_the_picture_cover_neither_each_other_nor_points():
+    points = [(300.0, 200.0 + 3 * number) for number in range(12)]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for x, y in points:
+        taken.append(picture._place(x, y, 90, False, taken, (0, 100, 860, 400)))
+    names = taken[len(points) :]
+    for number, name in enumerate(names):
+        assert 0 <= name[0] and name[2] <= 860 and 100 <= name[1] and name[3] <= 400
+        others = taken[: len(points)] + names[:number]
+        assert not any(a[0] < name[2] and name[0] < a[2] and a[1] < name[3] and name[1] < a[3] for a in others)
 
 
 def test_commands(model, tmp_path, monkeypatch):

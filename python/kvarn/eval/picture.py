@@ -2,7 +2,8 @@
 """Mean KL divergence against bits per value, one panel for each run, in SVG.
 
 Filled points read their own tile of 128 tokens in 16 bits, or more; hollow ones round the newest tokens too. A rival
-that was run both ways has its name at the hollow one and a line to the other. kvarn's names stand left of its points.
+that was run both ways has its name at the hollow one and a line to the other. Names stand beside their points where
+there is room, kvarn's to the left; those that had to move away are tied to their points by a line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from math import ceil, floor, log10
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 860, 400, 62, 40, 44
 _FIRST_BITS, _LAST_BITS = 1, 9
 _OWN_TILE = ", own tile raw"
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 _COLOURS = {"weighted": "#0b7a75", "varnorm": "#d1495b", "rival": "#6b7785"}
 
 
@@ -49,35 +51,55 @@ def _panel(result: Mapping, top: int) -> str:
     places = {row["name"]: (x(row["bits_per_value"]), y(row["mean"]["value"])) for row in rows}
     both = [name for name in places if name + _OWN_TILE in places]
     parts += [_line(*places[name], *places[name + _OWN_TILE], "#aab3bd") for name in both]
-    taken = list(places.values())
-    for row in sorted(rows, key=lambda row: row["mean"]["value"]):
-        parts.append(_point(row, *places[row["name"]], row["name"].removesuffix(_OWN_TILE) == row["name"], taken))
+    # What names must not cover: points, and names already placed.
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()]
+    area = (_LEFT, top + _TOP - 8, _WIDTH, y(10.0**low))
+    for row in sorted(rows, key=lambda row: (row["kind"] != "kvarn", row["mean"]["value"])):
+        named = row["name"].removesuffix(_OWN_TILE) == row["name"]
+        parts.append(_point(row, *places[row["name"]], named, taken, area))
     return "\n".join(parts)
 
 
-def _point(row: Mapping, x: float, y: float, named: bool, taken: list[tuple[float, float]]) -> str:
-    """A point, and unless it hangs on another its name, where it covers no other name or point near it."""
+def _point(row: Mapping, x: float, y: float, named: bool, taken: list[Box], area: Box) -> str:
+    """A point, and unless it hangs on another its name."""
     colour = _COLOURS[row["name"].rsplit(" ", 1)[-1] if row["kind"] == "kvarn" else "rival"]
     fill = "white" if row["recent"] == "none" else colour
     point = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}" stroke-width="1.5"/>'
     if not named:
         return point
-    left = row["kind"] == "kvarn"
-    others = [place for place in taken if place != (x, y)]
-    free = (
-        text
-        for text in sorted(range(round(y) - 120, round(y) + 120, 2), key=lambda text: abs(text - y))
-        if not any(
-            -12 < (x - other_x if left else other_x - x) < 150 and abs(text - other_y) < 11
-            for other_x, other_y in others
+    name = row["name"].removeprefix("kvarn_").replace("_per_token_head", "_pth").replace("turboquant", "tq")
+    bold = colour == _COLOURS["weighted"]
+    box = _place(x, y, len(name) * (6.4 if bold else 5.8), row["kind"] == "kvarn", taken, area)
+    taken.append(box)
+    left, text = box[2] < x, (box[1] + box[3]) / 2
+    edge = box[2] if left else box[0]
+    tie = _line(x, y, edge, text, "#c3cad1") if abs(text - y) > 12 or abs(edge - x) > 12 else ""
+    anchor = f'x="{edge:.1f}" text-anchor="{"end" if left else "start"}" y="{text + 4:.1f}"'
+    weight = ' font-weight="bold"' if bold else ""
+    return f'{tie}{point}<text {anchor} fill="{colour}"{weight}>{escape(name)}</text>'
+
+
+def _place(x: float, y: float, width: float, left: bool, taken: Sequence[Box], area: Box) -> Box:
+    """Where a name of that width goes: the nearest free place, its side first; beside the point where none is free."""
+
+    def box(side: int, away: float, down: float) -> Box:
+        near = x + side * (8 + away)
+        return (min(near, near + side * width), y + down - 5.5, max(near, near + side * width), y + down + 5.5)
+
+    def free(box: Box) -> bool:
+        inside = area[0] <= box[0] and area[1] <= box[1] and box[2] <= area[2] and box[3] <= area[3]
+        return inside and not any(
+            box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
         )
-    )
-    text = next(free, y)
-    taken.append((x - 8 if left else x + 8, text))
-    name = row["name"].removeprefix("kvarn_").replace("_per_token_head", "_pth")
-    weight = ' font-weight="bold"' if colour == _COLOURS["weighted"] else ""
-    anchor = f'x="{x - 8:.1f}" text-anchor="end"' if left else f'x="{x + 8:.1f}"'
-    return f'{point}<text {anchor} y="{text + 4:.1f}" fill="{colour}"{weight}>{escape(name)}</text>'
+
+    first = -1 if left else 1
+    tried = [
+        (abs(down) + away + (0 if side == first else 24), side, away, down)
+        for side in (first, -first)
+        for away in range(0, 121, 8)
+        for down in range(-120, 121, 2)
+    ]
+    return next(filter(free, (box(*place) for _, *place in sorted(tried))), box(first, 0, 0))
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str = "#dde3e9") -> str:

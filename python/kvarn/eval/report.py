@@ -43,8 +43,15 @@ def title(result: Mapping) -> str:
         f"**{result['model']}**: head_dim {result['head_dim']}, {result['kv_heads']} KV heads, "
         f"{result['packed_layers']} of {result['layers']} layers packed; {result['text']}, contexts of "
         f"{result['context']:,}, {tokens:,} scored tokens; "
-        f"{PASTS[result.get('past', 'decoded')]}; {_made(result)}."
+        f"{_perplexity(result)}{PASTS[result.get('past', 'decoded')]}; {_made(result)}."
     )
+
+
+def _perplexity(result: Mapping) -> str:
+    """That of the model without a cache: whether it is a working model at all."""
+    for row in result["rows"]:
+        return f"perplexity {row['perplexity'] / (1 + row['perplexity_percent']['value'] / 100):.4g} without a cache; "
+    return ""
 
 
 def table(result: Mapping) -> str:
