@@ -35,9 +35,8 @@ cudaError_t divide(const kvarn_layout& layout, int32_t columns, Division& divisi
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   // A warp of two quads unpacks codes once for both but is slower, 1.4 times as many instructions a tile: worth it
-  // where a team has more than one such warp (docs/kernels.md). Two quads of 256 channels do not fit into its
-  // registers.
-  const int warp_quads = columns > 2 * kQuadColumns && layout.head_dim <= kTwoQuadsHeadDim ? 2 : 1;
+  // where a team has more than one such warp (docs/kernels.md).
+  const int warp_quads = columns > 2 * kQuadColumns ? 2 : 1;
   const int team_warps = columns / (kQuadColumns * warp_quads);
   Division d{};
   const auto use = [&](int teams, int states, int key_depth, int value_depth) {

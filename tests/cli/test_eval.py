@@ -22,6 +22,7 @@ from kvarn.eval.measure import Scores  # noqa: E402
 from kvarn.eval.rows import Row, rows  # noqa: E402
 from kvarn.eval.run import Runner  # noqa: E402
 from kvarn.rivals import RIVALS, Recent  # noqa: E402
+from llama import llama  # noqa: E402
 
 
 def scores(kld, nll=None, reference_nll=None, same_top=None):
@@ -109,18 +110,7 @@ LENGTH = 300
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(5)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        initializer_range=0.1,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return llama(5, layers=2, heads=4, kv_heads=2)
 
 
 @pytest.fixture(scope="module")

@@ -17,25 +17,14 @@ from kvarn.cli.commands import app  # noqa: E402
 from kvarn.eval import generation, measure, statistics, tasks  # noqa: E402
 from kvarn.eval.caches import Packed, Plain, Simulated  # noqa: E402
 from kvarn.rivals import RIVALS, Recent  # noqa: E402
+from llama import llama  # noqa: E402
 
 LENGTH = 200
 
 
 @pytest.fixture(scope="module")
 def net():
-    torch.manual_seed(7)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        initializer_range=0.1,
-        eos_token_id=1,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return llama(7, layers=5, heads=2, kv_heads=1, eos_token_id=1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import kvarn
+from kvarn.cli import model_config
 from kvarn.cli.console import out
 from kvarn.demo.model import cache_directory, smollm2
 from kvarn.eval import results, tasks
@@ -14,7 +17,7 @@ from kvarn.eval.answers import Asker, describe
 from kvarn.eval.attention import Past
 from kvarn.eval.generation import can_generate
 from kvarn.eval.model import Model
-from kvarn.eval.rows import rows
+from kvarn.eval.rows import EXACT, rows
 from kvarn.eval.run import FIRST_SCORED, Runner
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,17 +45,16 @@ def task_run(path, name, names, data, questions, batch, only, device, dtype, whe
     """kvarn eval ask; arguments as there."""
     asked = tasks.tasks(data, [name.strip() for name in names.split(";")], questions)
     model, facts = _load(path, name, device, dtype)
-    every = rows(facts["head_dim"], facts["kv_heads"], model.full_layers, facts["layers"])
-    chosen = {row.name for row in rows(facts["head_dim"], facts["kv_heads"], model.full_layers, facts["layers"], only)}
-    reference, chosen = every[0], [row for row in every[1:] if row.name in chosen and can_generate(row.cache)]
+    chosen = rows(facts["head_dim"], facts["kv_heads"], model.full_layers, facts["layers"], f"{EXACT};{only}")
+    chosen = [row for row in chosen if can_generate(row.cache)]  # the exact one is the first of all rows
     asker = Asker(model, batch, _folder(work))
     told = [
         {"name": t.name, "source": t.source, "questions": len(t.questions), "new_tokens": t.new_tokens} for t in asked
     ]
     result = results.about(facts) | {"batch": batch, "tasks": told, "rows": []}
     exact = {}
-    with _progress((1 + len(chosen)) * sum(len(task.questions) for task in asked)) as advance:
-        for row in (reference, *chosen):
+    with _progress(len(chosen) * sum(len(task.questions) for task in asked)) as advance:
+        for row in chosen:
             found = {}
             shown = {"name": row.name, "kind": row.kind, "bits_per_value": row.bits_per_value, "tasks": found}
             result["rows"].append(shown)
@@ -75,7 +77,24 @@ def _load(path: Path | None, name: str | None, device: str, dtype: str) -> tuple
     # Asked now: what is committed while this runs was not measured.
     commit = results.commit()
     model = Model(smollm2() if path is None else path, device, _DTYPES[dtype])
-    return model, {"commit": commit, **model.facts(name or ("SmolLM2-135M-Instruct" if path is None else None))}
+    shape = model_config.parse(model.net.config.to_dict(), str(model.path))
+    return model, {
+        "commit": commit,
+        "model": name or ("SmolLM2-135M-Instruct" if path is None else model.path.stem),
+        "origin": _origin(model.path),
+        "layers": shape.full_layers + shape.window_layers + shape.other_layers,
+        "packed_layers": len(model.full_layers),
+        "head_dim": shape.head_dim,
+        "kv_heads": shape.kv_heads,
+        "where": model.where,
+        "target": torch.cuda.get_device_name() if model.device.type == "cuda" else kvarn.target(),
+    }
+
+
+def _origin(model: Path) -> str:
+    """Where the weights come from, as far as the folder says so."""
+    note = model / "ORIGIN"
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else model.name
 
 
 def _folder(work: Path | None) -> Path:
@@ -85,15 +104,6 @@ def _folder(work: Path | None) -> Path:
 @contextmanager
 def _progress(total: int) -> Iterator:
     """A bar; yields advance(description, by)."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=out) as progress:
         task = progress.add_task("", total=total)

@@ -16,7 +16,7 @@ kvarn's presets go through `kvarn.append` and `kvarn.attend` as in serving; othe
     tasks       questions and the rules by which their sources count answers right
     generation  greedy answers through transformers caches
     answers     all rows over all questions, resumable
-    keys        names of what is done already
+    keys        what is done already, and under which names
     results     one JSON object per run
     report      results -> Markdown
     picture     results -> SVG

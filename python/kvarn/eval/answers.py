@@ -4,14 +4,14 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from kvarn.eval import generation, statistics
-from kvarn.eval.keys import key, meaning
+from kvarn.eval.keys import key, meaning, save
 from kvarn.eval.model import Model
 from kvarn.eval.rows import Row
 from kvarn.eval.tasks import Task
@@ -44,12 +44,10 @@ class Asker:
         for first in range(0, len(missing), self.batch):
             batch = missing[first : first + self.batch]
             prompts = [task.questions[index].prompt for index in batch]
-            for index, (text, tokens) in zip(
-                batch, generation.answers(self.model, row.cache, prompts, task.new_tokens), strict=True
-            ):
-                partial = files[index].with_suffix(f".{os.getpid()}")
-                partial.write_text(json.dumps({"text": text, "tokens": tokens}), encoding="utf-8")
-                partial.replace(files[index])
+            given = generation.answers(self.model, row.cache, prompts, task.new_tokens)
+            for index, (text, tokens) in zip(batch, given, strict=True):
+                answer = json.dumps({"text": text, "tokens": tokens})
+                save(files[index], partial(Path.write_text, data=answer, encoding="utf-8"))
             done(len(batch))
         found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         texts = [answer["text"] for answer in found]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of what is done already: digests of all that a result depends on. Nothing old is reused."""
+"""What is done already: files named by digests of all that a result depends on, so that nothing old is reused."""
 
 import ast
 import hashlib
+import os
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,15 +23,27 @@ def key(model: Model, cache, *parts: str) -> str:
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
 
 
+def save(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` makes the file; it appears by one rename, also where several runs share a folder."""
+    partial = path.with_stem(f"{path.stem}.{os.getpid()}")
+    write(partial)
+    partial.replace(path)
+
+
 def _code(cache, device: str) -> str:
     """What `cache` computes with: the compiled core and its target, or the files of a simulation."""
     modules = [kvarn.eval.attention.__name__, type(cache).__module__]
     if isinstance(cache, Packed):
-        core = digest(Path(kvarn._core.__file__)) + (kvarn.target() if device == "cpu" else device)
-        return core + "".join(map(meaning, modules))
+        return _core() + (kvarn.target() if device == "cpu" else device) + "".join(map(meaning, modules))
     if isinstance(cache, Simulated):
         modules += [type(cache.rival).__module__, kvarn.rivals.rounding.__name__]
     return "".join(map(meaning, modules))
+
+
+@lru_cache
+def _core() -> str:
+    """Of the compiled module: some 20 MB, and every question and every context asks."""
+    return digest(Path(kvarn._core.__file__))
 
 
 @lru_cache

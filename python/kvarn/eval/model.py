@@ -38,27 +38,6 @@ class Model:
     def device(self) -> torch.device:
         return self.net.device
 
-    def facts(self, name: str | None) -> dict:
-        """What a result says of the model and of the machine; name: what to call it, None: as its file is called."""
-        from kvarn.cli import model_config
-
-        shape = model_config.parse(self.net.config.to_dict(), str(self.path))
-        return {
-            "model": name or self.path.stem,
-            "origin": self._origin(),
-            "layers": shape.full_layers + shape.window_layers + shape.other_layers,
-            "packed_layers": len(self.full_layers),
-            "head_dim": shape.head_dim,
-            "kv_heads": shape.kv_heads,
-            "where": self.where,
-            "target": torch.cuda.get_device_name() if self.device.type == "cuda" else kvarn.target(),
-        }
-
-    def _origin(self) -> str:
-        """Where the weights come from, as far as the folder says so."""
-        note = self.path / "ORIGIN"
-        return note.read_text(encoding="utf-8").strip() if note.is_file() else self.path.name
-
 
 def digest(*files: Path) -> str:
     """SHA-256 of the files' bytes, one after the other."""

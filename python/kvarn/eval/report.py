@@ -49,9 +49,10 @@ def title(result: Mapping) -> str:
 
 def _perplexity(result: Mapping) -> str:
     """That of the model without a cache: whether it is a working model at all."""
-    for row in result["rows"]:
-        return f"perplexity {row['perplexity'] / (1 + row['perplexity_percent']['value'] / 100):.4g} without a cache; "
-    return ""
+    if not result["rows"]:
+        return ""
+    row = result["rows"][0]  # any would do: each has its own perplexity and how far that is from the one asked for
+    return f"perplexity {row['perplexity'] / (1 + row['perplexity_percent']['value'] / 100):.4g} without a cache; "
 
 
 def table(result: Mapping) -> str:

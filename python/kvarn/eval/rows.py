@@ -12,6 +12,8 @@ from kvarn.eval.attention import Cache
 from kvarn.eval.caches import Packed, Plain, Simulated
 from kvarn.rivals import RIVALS, Recent
 
+# The row that others are paired with.
+EXACT = "bf16"
 # Rounds the newest tokens too, unlike kvarn; with its own tile raw, as kvarn has it, a format is compared as a format.
 WITH_TILE = ", own tile raw"
 
@@ -33,7 +35,7 @@ def rows(head_dim: int, kv_heads: int, full: Sequence[int], layers: int, only: s
     full, layers  the numbers of the model's full-attention layers, which are packed, and how many layers there are
     Raises ValueError where a pattern matches nothing.
     """
-    found = [Row("bf16", "16-bit", 16, "none", Plain(torch.bfloat16))]
+    found = [Row(EXACT, "16-bit", 16, "none", Plain(torch.bfloat16))]
     for preset in kvarn.presets():
         bits = kvarn.Layout(preset, head_dim=head_dim, kv_heads=kv_heads).bits_per_value
         found += [

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every row over every context, one file each, so that a run that was stopped goes on where it was."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from kvarn.eval import measure, text
 from kvarn.eval.attention import Cache, Past
 from kvarn.eval.caches import Plain
-from kvarn.eval.keys import key
+from kvarn.eval.keys import key, save
 from kvarn.eval.measure import Scores
 from kvarn.eval.model import Model
 
@@ -39,7 +38,7 @@ class Runner:
             if not kept.exists():
                 hidden = measure.hidden_states(self.model.net, tokens[:-1], cache, self.past)
                 scores = measure.compare(self.model.net, self._reference(index), hidden, tokens, FIRST_SCORED)
-                _save(kept, scores.save)
+                save(kept, scores.save)
             parts.append(Scores.load(kept))
             done()
         return Scores.stack(parts)
@@ -48,15 +47,8 @@ class Runner:
         kept = self.work / f"{self._key(Plain(), index, Past.DECODED)}.npy"
         if not kept.exists():
             hidden = measure.hidden_states(self.model.net, self.tokens[index][:-1], Plain())
-            _save(kept, lambda path: np.save(path, hidden.float().cpu().numpy()))
+            save(kept, lambda path: np.save(path, hidden.float().cpu().numpy()))
         return torch.from_numpy(np.load(kept)).to(self.model.device, self.model.net.dtype)
 
     def _key(self, cache: Cache, index: int, past: Past) -> str:
         return key(self.model, cache, past.value, str(FIRST_SCORED), self.tokens[index].tobytes().hex())
-
-
-def _save(path: Path, write: Callable[[Path], None]) -> None:
-    """Appears by one rename, also where several runs share a folder."""
-    partial = path.with_stem(f"{path.stem}.{os.getpid()}")
-    write(partial)
-    partial.replace(path)

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A random Llama of a few thousand weights."""
+
+import torch
+import transformers
+
+
+def llama(seed: int, *, layers: int, heads: int, kv_heads: int, **options):
+    """The same weights for the same arguments; float32, head_dim 64, 97 tokens."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        initializer_range=0.1,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
