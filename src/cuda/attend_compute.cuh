@@ -36,6 +36,27 @@ __device__ inline void soft_cap(float cap, float inverse, float (&y)[kRowTiles][
       y[t][h] = cap - cap * __fdividef(2.0f, exp2_fast(y[t][h] * inverse) + 1.0f);
 }
 
+// The scores of a step as they count: capped, without those of tokens that the column does not see.
+template <class S, int kRowTiles, class Token>
+__device__ inline void amend(const AttendParameters& p, const QueryColumn& column, const Item& item,
+                             float (&y)[kRowTiles][2], Token token) {
+  if (p.cap > 0) soft_cap(p.cap, p.cap_inverse, y);
+  if (item.flags & kItemEdge) hide<S>(column, item, y, token);
+}
+
+// Those of a packed tile, which seldom change. Not inlined, and in memory of its own, so that it neither lies in the
+// middle of the code that every tile needs nor keeps other scores out of registers.
+template <class S>
+struct PackedScores {
+  float y[S::page_tokens / 16][2];
+};
+template <class S>
+__device__ __noinline__ PackedScores<S> amended(const AttendParameters& p, const QueryColumn& column, Item item,
+                                                int lane, PackedScores<S> scores) {
+  amend<S>(p, column, item, scores.y, [&](int t, int h) { return 16 * t + 2 * (lane >> 2) + h; });
+  return scores;
+}
+
 // What a warp has of its list, in order. `quad` of the CTA and `rank` of the team are its first one.
 template <class S, int kQuads>
 class Collector {
@@ -135,13 +156,15 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
       wait(values_full, value_parity);
     } else if ((item.flags & kItemRaw) == 0) {
       float y[kQuads][S::page_tokens / 16][2];
-      packed_scores<S, kQuads>(keys, queries, lane, y);
+      packed_scores<S, kQuads>(keys, queries, columns, lane, y);
+      if (p.cap > 0 || (item.flags & kItemEdge)) {
 #pragma unroll
-      for (int j = 0; j < kQuads; ++j) {
-        if (p.cap > 0) soft_cap(p.cap, p.cap_inverse, y[j]);
-        if (item.flags & kItemEdge)
-          hide<S>(columns[kQuadColumns * j + (lane & 3)], item, y[j],
-                  [&](int t, int h) { return 16 * t + 2 * (lane >> 2) + h; });
+        for (int j = 0; j < kQuads; ++j) {
+          PackedScores<S> scores;
+          memcpy(&scores, y[j], sizeof scores);
+          scores = amended<S>(p, columns[kQuadColumns * j + (lane & 3)], item, lane, scores);
+          memcpy(y[j], &scores, sizeof scores);
+        }
       }
       arrive(keys_empty);
       wait(values_full, value_parity);
@@ -150,11 +173,9 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
       float y[kQuads][kRawTiles<S>][2];
       raw_scores<S, kQuads>(keys, queries, columns, lane, y);
 #pragma unroll
-      for (int j = 0; j < kQuads; ++j) {
-        if (p.cap > 0) soft_cap(p.cap, p.cap_inverse, y[j]);
-        hide<S>(columns[kQuadColumns * j + (lane & 3)], item, y[j],
-                [&](int t, int h) { return 16 * t + (lane >> 2) + 8 * h; });
-      }
+      for (int j = 0; j < kQuads; ++j)
+        amend<S>(p, columns[kQuadColumns * j + (lane & 3)], item, y[j],
+                 [&](int t, int h) { return 16 * t + (lane >> 2) + 8 * h; });
       arrive(keys_empty);
       wait(values_full, value_parity);
       raw_outputs<S, kQuads>(values, y, lane, state);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loading warps: they bring every step of the teams' lists, K part and V part apart. A lane has one list's K or V parts:
-// it looks whether the next slot is empty, and if so starts the copy; no list waits for another. Raw tokens are copied by
-// the whole warp, for one lane after the other.
+// The loading warps: they bring every step of the teams' lists, K part and V part apart. A lane has one list's K or V
+// parts: it looks whether the next slot is empty, and if so starts the copy; no list waits for another. Raw tokens are
+// copied by the whole warp, for one lane after the other.
 #pragma once
 
 #include "cuda/attend_order.cuh"
@@ -32,7 +32,8 @@ class Loader {
       Barrier *empty = (keys_ ? room_->keys_empty : room_->values_empty) + slot,
               *full = (keys_ ? room_->keys_full : room_->values_full) + slot;
       const bool ready = left_ > 0 && ended(empty, parity);
-      // Again, to wait as the sanitizer knows it; by the whole warp where all lanes copy, or did when the slot was last used.
+      // Again, to wait as the sanitizer knows it; by the whole warp where all lanes copy, or did when the slot was last
+      // used.
       history_ = ready ? history_ << 1 | (raw_ ? 1 : 0) : history_;
       const bool shared = ready && (history_ & ((2u << depth) - 1)) != 0;
       if (ready && !shared) wait(empty, parity);
@@ -118,17 +119,20 @@ class Loader {
     }
   }
   __device__ Item item() const {
-    const int position = tile_ * S::page_tokens + token_, last = b_.start + (b_.first_column + b_.columns - 1) / p_.group;
+    const int position = tile_ * S::page_tokens + token_,
+              last = b_.start + (b_.first_column + b_.columns - 1) / p_.group;
     const bool edge = raw_ || tile_ >= b_.own_tile || (p_.window > 0 && position <= last - p_.window);
-    return {block_, head_, position,
-            (raw_ ? kItemRaw : 0) | (first_ ? kItemFirst : 0) | (last_ ? kItemLast : 0) | (edge ? kItemEdge : 0), rank_, next_};
+    return {
+        block_,   head_,
+        position, (raw_ ? kItemRaw : 0) | (first_ ? kItemFirst : 0) | (last_ ? kItemLast : 0) | (edge ? kItemEdge : 0),
+        rank_,    next_};
   }
 
   // Of every lane that asks for it, its packed part.
   __device__ void load_packed(bool wanted, uint8_t* to, Barrier* barrier) {
     const int part = keys_ ? RoomOf<S>::key_part : RoomOf<S>::value_part;
-    const uint8_t* from = p_.pages + pages_[0] * p_.page_stride + int64_t{head_} * S::record_bytes +
-                          (keys_ ? 0 : RoomOf<S>::key_part);
+    const uint8_t* from =
+        p_.pages + pages_[0] * p_.page_stride + int64_t{head_} * S::record_bytes + (keys_ ? 0 : RoomOf<S>::key_part);
 #if __CUDA_ARCH__ >= 900
     if (wanted) {
       expect_bytes(barrier, static_cast<uint32_t>(part), kCopyArrivals);
@@ -169,11 +173,10 @@ class Loader {
     const uint8_t* from[kRawPages];     // of token 0, as if all lay in that page
 #pragma unroll
     for (int k = 0; k < kRawPages; ++k)
-      from[k] = raw_slot >= 0
-                    ? reinterpret_cast<const uint8_t*>(p_.plan.raw) +
-                          ((int64_t{raw_slot} * p_.heads + head) * 2 + (keys ? 0 : 1)) * S::page_tokens * kRow
-                    : p_.pages + pages[k] * p_.page_stride + int64_t{head} * S::record_bytes +
-                          ((keys ? 0 : kN) - (begin + k * kN)) * kRow;
+      from[k] = raw_slot >= 0 ? reinterpret_cast<const uint8_t*>(p_.plan.raw) +
+                                    ((int64_t{raw_slot} * p_.heads + head) * 2 + (keys ? 0 : 1)) * S::page_tokens * kRow
+                              : p_.pages + pages[k] * p_.page_stride + int64_t{head} * S::record_bytes +
+                                    ((keys ? 0 : kN) - (begin + k * kN)) * kRow;
     if (lane_ < kRows * kLanes) {
       const int chunk = 16 * (lane_ % kLanes);
 #pragma unroll 4

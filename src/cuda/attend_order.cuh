@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The order of attention's work, and the order of its additions.
 //
-// A segment is a block's history for one KV head: a step for every packed tile, then one for every 16 or 32 raw tokens of the
-// own tile, or of two. The boundary before each step has a rank; a lower rank is added across first. Four tiles, at absolute
-// numbers, are chained one after the other (ranks -3, -2, -1); pieces of four lie under a binary tree over absolute
-// numbers (the rank of piece j is how often 2 divides j); then come the own tiles. So a stretch of the history leaves few
-// partial results wherever it is cut, and the bits of a sum depend on nothing but the positions in the segment.
+// A segment is a block's history for one KV head: a step for every packed tile, then one for every 16 or 32 raw tokens
+// of the own tile, or of two. The boundary before each step has a rank; a lower rank is added across first. Four tiles,
+// at absolute numbers, are chained one after the other (ranks -3, -2, -1); pieces of four lie under a binary tree over
+// absolute numbers (the rank of piece j is how often 2 divides j); then come the own tiles. So a stretch of the history
+// leaves few partial results wherever it is cut, and the bits of a sum depend on nothing but the positions in the
+// segment.
 #pragma once
 
 #include "cuda/plan.hpp"

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // One packed tile and the columns of a warp, from shared memory.
 //
-// q * s_k becomes 16-bit integers (two signed bytes) in a unit of the tile and column; p * s_v likewise (two unsigned
-// bytes). Products are exact (attend_product.cuh), so they depend on nothing but the tile and the column. Two quads differ
-// from one in where their limbs lie, and in that q * s_k is multiplied once for both; the operations on a column are the
-// same, and so are its bits.
+// q * s_k becomes 16-bit integers (two signed bytes) in a unit of the tile; p * s_v likewise (two unsigned bytes), in
+// one of the tile and column. Products are exact (attend_product.cuh), so they depend on nothing but the tile and the
+// column. Two quads differ from one in where their limbs lie, and in that q * s_k is multiplied once for both; the
+// operations on a column are the same, and so are its bits.
 #pragma once
 
 #include "cuda/attend_product.cuh"
@@ -12,55 +12,78 @@
 
 namespace kvarn::cuda {
 
-// Scores in log2 units, y[j][T][h] of token 16 T + 2 g + h and column i of quad j. `queries`: of the quads, rotated and
-// scaled.
+// The largest magnitude of the lane's scales.
+template <int kLines>
+__device__ inline float largest_of(const uint2 (&scales)[kLines]) {
+  __half2 largest = __half2half2(__ushort_as_half(0));
+#pragma unroll
+  for (const uint2& s : scales) largest = __hmax2(largest, __hmax2(__habs2(halves_of(s.x)), __habs2(halves_of(s.y))));
+  const float2 both = __half22float2(largest);
+  return fmaxf(both.x, both.y);
+}
+
+// Scores in log2 units, y[j][T][h] of token 16 T + 2 g + h and column i of quad j. `queries`: of the quads, below 1, in
+// units of their columns.
+//
+// q * s_k is rounded to a grid that the tile's largest scale gives, by the one addition that moves the integer into a
+// float's low bits. Of one quad, two lanes have the same column and need one limb each: one of them works out the even
+// lines, one the odd ones, and they exchange.
 template <class S, int kQuads>
-__device__ inline void packed_scores(const uint8_t* record, const float* queries, int lane,
+__device__ inline void packed_scores(const uint8_t* record, const float* queries, const QueryColumn* columns, int lane,
                                      float (&y)[kQuads][S::page_tokens / 16][2]) {
   using M = Matrix<S, true>;
-  constexpr float kRange = 32000.0f, kMagic = 12582912.0f;  // 1.5 * 2^23: an integer in a float's low bits
-  const int g = lane >> 2, i = lane & 3, column = query_column<kQuads>(g);
-  uint32_t operand[kQuads][M::lines];
-  float r[M::lines][4], largest = 0, z = 0;
+  constexpr int kLines = kQuads == 1 ? M::lines / 2 : M::lines, kApart = M::lines / kLines;  // that a lane works out
+  constexpr float kMagic = 12582912.0f + 128.0f;  // 1.5 * 2^23: an integer n in a float's low bits, as n + 128
+  const int g = lane >> 2, i = lane & 3, column = query_column<kQuads>(g), odd = kQuads == 1 ? g & 1 : 0;
+  const int channel = 16 * odd + 4 * i;
+  uint2 scales[kLines];
 #pragma unroll
-  for (int line = 0; line < M::lines; ++line) {
-    const int d = 16 * line + 4 * i;
-    const float4 q = load_as<float4>(queries + column * query_stride(S::head_dim) + d);
-    const uint2 scale = load_as<uint2>(record + S::layout.k_scale + 2 * d);
-    const uint2 zeros = load_as<uint2>(record + S::layout.k_zero + 2 * d);
-    const float2 s0 = widen(scale.x), s1 = widen(scale.y), z0 = widen(zeros.x), z1 = widen(zeros.y);
-    r[line][0] = q.x * s0.x;
-    r[line][1] = q.y * s0.y;
-    r[line][2] = q.z * s1.x;
-    r[line][3] = q.w * s1.y;
-    z = __fmaf_rn(q.w, z1.y, __fmaf_rn(q.z, z1.x, __fmaf_rn(q.y, z0.y, __fmaf_rn(q.x, z0.x, z))));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) largest = fmaxf(largest, fabsf(r[line][j]));
-  }
+  for (int k = 0; k < kLines; ++k)
+    scales[k] = load_as<uint2>(record + S::layout.k_scale + 2 * (channel + 16 * kApart * k));
+  float largest = largest_of(scales);
   largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
   largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-  z = z + __shfl_xor_sync(~0u, z, 1);
-  z = z + __shfl_xor_sync(~0u, z, 2);
-  const float inverse = __fdividef(kRange, fmaxf(largest, 1e-30f));
-  const uint32_t bytes = g & 1 ? 0x0040u : 0x0051u, sign = g & 1 ? 0x80808080u : 0u;
+  if (kQuads == 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 4));
+  // 15 bits below a power of two; with 1/250 more, n + 128 stays below 2^15
+  const float grid = power_between(exponent_above(largest * 1.004f) - 15), magic = kMagic * grid;
+
+  const float* q = queries + column * query_stride(S::head_dim) + channel;
+  const uint8_t* zeros = record + S::layout.k_zero + 2 * channel;
+  uint32_t operand[kQuads][M::lines];
+  float z[2] = {};  // of even and odd lines
 #pragma unroll
-  for (int line = 0; line < M::lines; ++line) {
-    uint32_t w[4];  // value + 128: byte 1 is the high limb, byte 0 - 128 the low one
-#pragma unroll
-    for (int j = 0; j < 4; ++j) w[j] = __float_as_uint(__fmaf_rn(r[line][j], inverse, kMagic + 128.0f));
+  for (int k = 0; k < kLines; ++k) {
+    const int at = 16 * kApart * k;
+    const float4 x = load_as<float4>(q + at);
+    const uint2 zero = load_as<uint2>(zeros + 2 * at);
+    const float2 s0 = widen(scales[k].x), s1 = widen(scales[k].y), z0 = widen(zero.x), z1 = widen(zero.y);
+    float& sum = z[kQuads == 1 ? 0 : k % 2];
+    sum = __fmaf_rn(x.w, z1.y, __fmaf_rn(x.z, z1.x, __fmaf_rn(x.y, z0.y, __fmaf_rn(x.x, z0.x, sum))));
+    // n + 128 in 16 bits: byte 1 is the high limb, byte 0 - 128 the low one; columns 0 2 1 3, as a word's bytes
+    const uint32_t w0 = __float_as_uint(__fmaf_rn(x.x, s0.x, magic)), w1 = __float_as_uint(__fmaf_rn(x.y, s0.y, magic)),
+                   w2 = __float_as_uint(__fmaf_rn(x.z, s1.x, magic)), w3 = __float_as_uint(__fmaf_rn(x.w, s1.y, magic));
+    const uint32_t first = __byte_perm(w0, w2, 0x4051), second = __byte_perm(w1, w3, 0x4051);
     if constexpr (kQuads == 1) {
-      operand[0][line] = __byte_perm(__byte_perm(w[0], w[2], bytes), __byte_perm(w[1], w[3], bytes), 0x5410) ^ sign;
+      const uint32_t mine = __byte_perm(first, second, odd ? 0x7632 : 0x5410) ^ (odd ? 0x80808080u : 0u);
+      const uint32_t other = __byte_perm(first, second, odd ? 0x5410 : 0x7632) ^ (odd ? 0u : 0x80808080u);
+      const uint32_t received = __shfl_xor_sync(~0u, other, 4);
+      operand[0][2 * k] = odd ? received : mine;
+      operand[0][2 * k + 1] = odd ? mine : received;
     } else {
-      const uint32_t even = __byte_perm(w[0], w[2], 0x4051), odd = __byte_perm(w[1], w[3], 0x4051);
-      operand[0][line] = __byte_perm(even, odd, 0x5410);
-      operand[1][line] = __byte_perm(even, odd, 0x7632) ^ 0x80808080u;
+      operand[0][k] = __byte_perm(first, second, 0x5410);
+      operand[1][k] = __byte_perm(first, second, 0x7632) ^ 0x80808080u;
     }
   }
-  float unit[kQuads], zero[kQuads];  // from a lane that has the column to those that have its scores
+  if (kQuads == 1) z[1] = __shfl_xor_sync(~0u, z[0], 4);
+  float sum = z[0] + z[1];
+  sum = sum + __shfl_xor_sync(~0u, sum, 1);
+  sum = sum + __shfl_xor_sync(~0u, sum, 2);
+  float unit[kQuads], zero[kQuads];
 #pragma unroll
   for (int j = 0; j < kQuads; ++j) {
-    unit[j] = __shfl_sync(~0u, fmaxf(largest, 1e-30f) * (1.0f / kRange), 8 * i + 4 * j);
-    zero[j] = __shfl_sync(~0u, z, 8 * i + 4 * j);
+    const float up = columns[kQuadColumns * j + i].up;
+    unit[j] = grid * up;
+    zero[j] = __shfl_sync(~0u, sum, 8 * i + 4 * j) * up;  // from a lane that has the column
   }
   for_blocks<S, true>([&]<int kBlock>() {
     int sums[kQuads][M::fields][2];
@@ -110,7 +133,8 @@ __device__ inline StepSum softmax(float (&y)[kRowTiles][2]) {
 }
 
 // Takes m and l of a step into the state; the state's sums take their factor, and that of the step's is returned. The
-// unit changes exactly, so the sums are only touched when some column's does: what fold_value does, for no -0 is among them.
+// unit changes exactly, so the sums are only touched when some column's does: what fold_value does, for no -0 is among
+// them.
 template <int kSlices>
 __device__ inline float begin_step(State<kSlices>& state, const StepSum& step) {
   const FoldFactors f = fold_factors(state.m, step.m);

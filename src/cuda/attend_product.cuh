@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The integer product of a packed tile's codes with the limbs of a warp's columns; exact.
 //
-// An operand's element is two bytes, its limbs. One quad has the high limb of column i in column 2 i of an MMA and the low
-// one in 2 i + 1. Two quads have an MMA for each limb, with column i of quad j in its column 2 i + j: codes are unpacked
-// once for both.
+// An operand's element is two bytes, its limbs. One quad has the high limb of column i in column 2 i of an MMA and the
+// low one in 2 i + 1. Two quads have an MMA for each limb, with column i of quad j in its column 2 i + j: codes are
+// unpacked once for both.
 //
 // A word of codes is 4 columns of one row; the fields of a byte are further rows: field f is multiplied together with
 // the fields below it and the difference of two sums takes them out (docs/fragment-order.md).
@@ -22,9 +22,9 @@ struct Matrix {
   static constexpr int rows = kKeys ? S::page_tokens : S::head_dim, columns = kKeys ? S::head_dim : S::page_tokens;
   static constexpr format::Planes planes = kKeys ? S::k_planes : S::v_planes;
   static constexpr format::Plane plane = planes.plane[0];
-  static constexpr int fields = plane.row_fields;       // row tiles (of 16) of a block
+  static constexpr int fields = plane.row_fields;  // row tiles (of 16) of a block
   static constexpr int blocks = rows / (16 * fields);
-  static constexpr int lines = columns / 16;            // words of a lane along the columns
+  static constexpr int lines = columns / 16;  // words of a lane along the columns
   static constexpr bool two_planes = planes.count == 2;
   // A product of field f is this many bits too large; a second plane is combined after shifting them out.
   static constexpr int excess(int field) { return two_planes ? 0 : plane.width * field; }
@@ -60,16 +60,17 @@ __device__ inline int limbs(const int (&c)[kQuads][4], int j, int h) {
   return kQuads == 1 ? 256 * c[0][2 * h] + c[0][2 * h + 1] : 256 * c[0][2 * h + j] + c[kQuads - 1][2 * h + j];
 }
 
-// sums[j][field][h]: row 16 (block * fields + field) + 2 g + h times column i of quad j. The operand of one quad, or the
-// high and the low limbs of two.
+// sums[j][field][h]: row 16 (block * fields + field) + 2 g + h times column i of quad j. The operand of one quad, or
+// the high and the low limbs of two.
 template <class S, bool kKeys, int kBlock, int kQuads>
-__device__ inline void product(const uint8_t* codes, const uint32_t (&operand)[kQuads][Matrix<S, kKeys>::lines], int lane,
-                               int (&sums)[kQuads][Matrix<S, kKeys>::fields][2]) {
+__device__ inline void product(const uint8_t* codes, const uint32_t (&operand)[kQuads][Matrix<S, kKeys>::lines],
+                               int lane, int (&sums)[kQuads][Matrix<S, kKeys>::fields][2]) {
   using M = Matrix<S, kKeys>;
   constexpr format::Plane plane = M::plane, upper = M::planes.plane[1];
   int c[M::fields][kQuads][4] = {}, u[M::two_planes ? M::fields : 1][kQuads][4] = {};
   const auto step = [&]<int kLine>() {
-    const uint2 w = load_words<kBlock, kLine>(plane, codes, lane), v = load_words<kBlock, kLine + 1>(plane, codes, lane);
+    const uint2 w = load_words<kBlock, kLine>(plane, codes, lane),
+                v = load_words<kBlock, kLine + 1>(plane, codes, lane);
 #pragma unroll
     for (int f = 0; f < M::fields; ++f)
 #pragma unroll
@@ -79,7 +80,8 @@ __device__ inline void product(const uint8_t* codes, const uint32_t (&operand)[k
     if constexpr (M::two_planes) {
       constexpr int kUpper = kBlock * M::fields / upper.row_fields, kField = kBlock * M::fields % upper.row_fields;
       const uint8_t* more = codes + plane.bytes();
-      const uint2 x = load_words<kUpper, kLine>(upper, more, lane), y = load_words<kUpper, kLine + 1>(upper, more, lane);
+      const uint2 x = load_words<kUpper, kLine>(upper, more, lane),
+                  y = load_words<kUpper, kLine + 1>(upper, more, lane);
 #pragma unroll
       for (int f = 0; f < M::fields; ++f)
 #pragma unroll

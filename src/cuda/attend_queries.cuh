@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The queries of a segment, rotated and scaled, for the columns of a warp.
+// The queries of a segment, rotated, scaled and brought below 1, for the columns of a warp.
 #pragma once
 
 #include "cuda/attend_room.cuh"
@@ -7,8 +7,8 @@
 
 namespace kvarn::cuda {
 
-// The rotation of kCount vectors over a warp: element 32 k + lane. A loop of few instructions, which wait for nothing but
-// each other: code that runs once is fetched longer than it runs.
+// The rotation of kCount vectors over a warp: element 32 k + lane. A loop of few instructions, which wait for nothing
+// but each other: code that runs once is fetched longer than it runs.
 template <int kHeadDim, int kCount>
 __device__ inline void rotate_over_warp(float (&x)[kCount][kHeadDim / 32], int lane) {
 #pragma unroll 1
@@ -48,7 +48,8 @@ __device__ inline void load_queries(const AttendParameters& p, const Target& b, 
   Bits bits[kColumns][kEach];
   const int column = b.first_column + min(first, b.columns - 1);
   int row = column / p.group, member = column - row * p.group;
-  const Bits* data = static_cast<const Bits*>(p.q.data) + b.row * p.q.token_stride + head * p.group * p.q.head_stride + lane;
+  const Bits* data =
+      static_cast<const Bits*>(p.q.data) + b.row * p.q.token_stride + head * p.group * p.q.head_stride + lane;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
     const Bits* from = data + row * p.q.token_stride + member * p.q.head_stride;
@@ -82,31 +83,33 @@ __device__ __noinline__ void prepare_queries(const AttendParameters& p, RoomOf<S
   else
     load_queries<S, uint16_t>(p, b, head, first, lane, x);
   rotate_over_warp<S::head_dim>(x, lane);
-  float* to = room.queries(quad) + lane;
-  __syncwarp();  // what was there has been read
 #pragma unroll
   for (int c = 0; c < kColumns; ++c)
 #pragma unroll
-    for (int k = 0; k < S::head_dim / 32; ++k) {
-      x[c][k] *= p.factor;
-      largest[c] = fmaxf(largest[c], fabsf(x[c][k]));
-      to[c * query_stride(S::head_dim) + 32 * k] = x[c][k];
+    for (float& y : x[c]) {
+      y *= p.factor;
+      largest[c] = fmaxf(largest[c], fabsf(y));
     }
 #pragma unroll 1
   for (int bit = 1; bit < 32; bit *= 2)
 #pragma unroll
     for (float& y : largest) y = fmaxf(y, __shfl_xor_sync(~0u, y, bit));
+  float* to = room.queries(quad) + lane;
+  __syncwarp();  // what was there has been read
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    const float down = power_between(254 - exponent_above(largest[c]));
+#pragma unroll
+    for (int k = 0; k < S::head_dim / 32; ++k) to[c * query_stride(S::head_dim) + 32 * k] = x[c][k] * down;
+  }
 #pragma unroll
   for (int half = kColumns / 2; half > 0; half /= 2)  // largest[0]: of the lane's column
 #pragma unroll
     for (int c = 0; c < half; ++c) largest[c] = lane & half ? largest[c + half] : largest[c];
   if (lane < kColumns) {
-    // The power of two above, within what has an inverse.
-    const uint32_t exponent = min(max(__float_as_uint(largest[0]) >> 23, 64u), 190u) + 1;
     const int position = b.start + (b.first_column + first + lane) / p.group;
     room->columns[quad + lane / kQuadColumns][lane % kQuadColumns] = {
-        __uint_as_float((254 - exponent) << 23), __uint_as_float(exponent << 23), position,
-        p.window > 0 ? position - p.window + 1 : 0};
+        power_between(exponent_above(largest[0])), position, p.window > 0 ? position - p.window + 1 : 0};
   }
   __syncwarp();
 }

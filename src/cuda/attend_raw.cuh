@@ -10,13 +10,6 @@
 
 namespace kvarn::cuda {
 
-// Of a column: the power of two that brings its query to 1 or below, and its inverse; its token's position, and the first
-// token that it sees.
-struct alignas(16) QueryColumn {
-  float down, up;
-  int32_t position, low;
-};
-
 template <class S>
 inline constexpr int kRawRowBytes = raw_row_bytes(S::head_dim);
 
@@ -48,7 +41,6 @@ __device__ inline void raw_scores(const uint8_t* keys, const float* queries, con
   const int g = lane >> 2, i = lane & 3, matrix = lane >> 3, column = query_column<kQuads>(g);
   const uint8_t* row = keys + (lane % 8 + 8 * (matrix & 1)) * kRawRowBytes<S> + 16 * (matrix >> 1);
   const float* q = queries + column * query_stride(S::head_dim) + 2 * i;
-  const float s = columns[column].down;
   float c[kRawTiles<S>][kQuads][4] = {};
 #pragma unroll 4
   for (int k = 0; k < S::head_dim / 16; ++k) {
@@ -57,8 +49,8 @@ __device__ inline void raw_scores(const uint8_t* keys, const float* queries, con
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
       const bool rest = kQuads == 1 ? g & 1 : j == 1;
-      right[j][0] = pack_halves(split(low.x * s, rest), split(low.y * s, rest));
-      right[j][1] = pack_halves(split(high.x * s, rest), split(high.y * s, rest));
+      right[j][0] = pack_halves(split(low.x, rest), split(low.y, rest));
+      right[j][1] = pack_halves(split(high.x, rest), split(high.y, rest));
     }
 #pragma unroll
     for (int t = 0; t < kRawTiles<S>; ++t) {

@@ -2,8 +2,8 @@
 // Shared memory of attention's CTA, and what its warps tell each other there.
 //
 // Teams of warps compute, each its own list of steps; other warps load for them. A step is handed over through
-// barriers, and every slot belongs to one team: a team that waits for a slot's next round has consumed the round before, so
-// that a barrier's parity tells all there is to know.
+// barriers, and every slot belongs to one team: a team that waits for a slot's next round has consumed the round
+// before, so that a barrier's parity tells all there is to know.
 #pragma once
 
 #include "cuda/attend.hpp"
@@ -31,7 +31,7 @@ struct alignas(16) Item {
 };
 inline constexpr uint32_t kItemRaw = 1;
 inline constexpr uint32_t kItemFirst = 2, kItemLast = 4;  // of the steps that are chained in registers
-inline constexpr uint32_t kItemEdge = 8;                  // there is a token here that some row of the block does not see
+inline constexpr uint32_t kItemEdge = 8;  // there is a token here that some row of the block does not see
 
 // A partial result of a list: where the states of the team's quads are, and the ranks before and behind it.
 struct alignas(16) Piece {
@@ -62,11 +62,11 @@ struct Left {
 struct Room {
   Barrier keys_full[kMaxSlots], keys_empty[kMaxSlots], values_full[kMaxSlots], values_empty[kMaxSlots];
   Barrier parts_full[kWarps];
-  Item items[kMaxSlots];                               // of the K slots
+  Item items[kMaxSlots];  // of the K slots
   QueryColumn columns[kMaxQuads][kQuadColumns];
-  Piece pieces[kComputingWarps][kMaxStates];           // that a warp still has, in order; the same for all of a team
-  Pieces counts[kComputingWarps];                      // of those
-  Left left[kComputingWarps + 1];                      // in order
+  Piece pieces[kComputingWarps][kMaxStates];  // that a warp still has, in order; the same for all of a team
+  Pieces counts[kComputingWarps];             // of those
+  Left left[kComputingWarps + 1];             // in order
   int32_t left_count;
   // then: queries [quad][4] (query_stride), states [states][quad], K slots [team][depth], V slots
 };
@@ -109,7 +109,8 @@ struct RoomOf {
   }
   __device__ uint8_t* keys(int slot) const { return base + p.in.keys_at + slot * key_slot; }
   __device__ uint8_t* values(int slot) const { return base + p.in.values_at + slot * value_slot; }
-  // A quad's partial result, those of a team one after the other; what shared memory has no room for lies in global memory.
+  // A quad's partial result, those of a team one after the other; what shared memory has no room for lies in global
+  // memory.
   __device__ Stored& state(int quad, int index) const {
     if (index < p.in.states) return reinterpret_cast<Stored*>(base + p.in.states_at)[index * p.in.quads() + quad];
     return reinterpret_cast<Stored*>(

@@ -5,8 +5,8 @@
 // only the order of the additions decides the bits. That order is fixed (attend_order.cuh), each by fold_value, in
 // registers or in memory. Folding an empty state (m = kEmpty, zeros) changes nothing.
 //
-// A state is of a quad. Lane 4 g + i holds of column i the channels 16 T + 2 g and + 1 for T = 0, 1, ..; m and l are the
-// same in all g.
+// A state is of a quad. Lane 4 g + i holds of column i the channels 16 T + 2 g and + 1 for T = 0, 1, ..; m and l are
+// the same in all g.
 #pragma once
 
 #include "cuda/machine.cuh"
@@ -21,6 +21,12 @@ template <int kQuads>
 __device__ inline int query_column(int g) {
   return kQuads == 1 ? g >> 1 : (g >> 1) + kQuadColumns * (g & 1);
 }
+// Of a column: the unit of its query in shared memory, a power of two; its token's position, and the first token that
+// it sees.
+struct alignas(16) QueryColumn {
+  float up;
+  int32_t position, low;
+};
 // The queries of a quad, f32 [4][query_stride]: a stride of 4 more than the channels, so that lanes that read the same
 // channels of columns c and c + 4 touch different banks.
 constexpr int query_stride(int head_dim) { return head_dim + 4; }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few PTX instructions that attention is made of. A warp's lane is 4 g + i: of an MMA's left operand it holds rows g
-// and g + 8, of the right one column g, of the result rows g and g + 8 in columns 2 i and 2 i + 1.
+// The few PTX instructions that attention is made of. A warp's lane is 4 g + i: of an MMA's left operand it holds rows
+// g and g + 8, of the right one column g, of the result rows g and g + 8 in columns 2 i and 2 i + 1.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -70,11 +70,16 @@ __device__ inline float power_of_two(float d) {
   return __uint_as_float(__float_as_uint(shifted) << 23);
 }
 
-__device__ inline float2 widen(uint32_t halves) {
+// The biased exponent of the power of two above x >= 0, within what has an inverse; and the power of such an exponent.
+__device__ inline uint32_t exponent_above(float x) { return min(max(__float_as_uint(x) >> 23, 64u), 190u) + 1; }
+__device__ inline float power_between(uint32_t exponent) { return __uint_as_float(exponent << 23); }
+
+__device__ inline __half2 halves_of(uint32_t bits) {
   __half2 h;
-  memcpy(&h, &halves, 4);
-  return __half22float2(h);
+  memcpy(&h, &bits, 4);
+  return h;
 }
+__device__ inline float2 widen(uint32_t bits) { return __half22float2(halves_of(bits)); }
 
 template <class T>
 __device__ inline T load_as(const void* at) {
