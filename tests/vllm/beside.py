@@ -65,9 +65,9 @@ def beside(answer: str):
     seen, kernels = Beside(answer), backend._kernels()
     build, forward = kernels.Builder.build, kernels.Impl.forward
 
-    def build_both(self, common_prefix_len, batch, fast_build=False):
+    def build_both(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        batch, n = common_attn_metadata, common_attn_metadata.num_reqs
         made = build(self, common_prefix_len, batch, fast_build)
-        n = batch.num_reqs
         starts = batch.query_start_loc[: n + 1]
         slots = batch.slot_mapping[starts[:-1].clamp(max=len(batch.slot_mapping) - 1)]
         lengths = batch.seq_lens[:n].masked_fill(slots < 0, 0)  # dummy steps write nothing

@@ -10,15 +10,16 @@ from statistics import mean
 
 import pytest
 from beside import beside
-from engine import CACHE, GPU, GRAPHS, ROW_BY_ROW, RUNNER, Answer, Engine
+from engine import CACHE, GPU, GRAPHS, RUNNER, Answer, Engine
 
-pytestmark = [*GPU, ROW_BY_ROW]
+pytestmark = GPU
 TILE = 128
 ROOM = {"max_num_seqs": 32, "num_gpu_blocks_override": 1000}
 TOKENS = 3
-# Relative L2 of a row's attention. Both results are rounded to bfloat16, 2^-9 each; FlashAttention rounds expanded
-# keys and values, and weights, to bfloat16 too, and a row that adds up values of both signs shows that larger.
-STEP = {"exact": 6e-3, "flash": 3e-2}
+# Relative L2 of a row's attention, all heads. Both results are rounded to bfloat16, 2^-9 each at most, and what a kernel
+# itself is off by (2e-4 on random data) shows several times as large in rows that add up values of both signs.
+# FlashAttention also rounds queries, expanded keys and values, and weights: simulated on these prompts, 1.8e-2 at most.
+STEP = {"exact": 1e-2, "flash": 4e-2}
 
 
 @pytest.fixture(scope="module")
