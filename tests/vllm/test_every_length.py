@@ -16,9 +16,9 @@ pytestmark = GPU
 TILE = 128
 ROOM = {"max_num_seqs": 32, "num_gpu_blocks_override": 1000}
 TOKENS = 3
-# Relative L2 of a row's attention, all heads. Both results are rounded to bfloat16, 2^-9 each at most, and what a kernel
+# Relative L2 of a row's attention, all heads. Both results are rounded to bfloat16, 2^-9 each at most; what a kernel
 # itself is off by (2e-4 on random data) shows several times as large in rows that add up values of both signs.
-# FlashAttention also rounds queries, expanded keys and values, and weights: simulated on these prompts, 1.8e-2 at most.
+# FlashAttention also rounds queries, expanded keys and values, and weights: simulated on such prompts, up to 1.8e-2.
 STEP = {"exact": 1e-2, "flash": 4e-2}
 
 
