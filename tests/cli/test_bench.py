@@ -2,10 +2,12 @@
 """`kvarn bench serve`: mixes, shapes, the table and the picture; engines are stand-ins."""
 
 import json
+import time
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import pytest
-from kvarn.bench import picture, serve, shapes
+from kvarn.bench import engine, picture, serve, shapes
 from kvarn.cli import commands
 from typer.testing import CliRunner
 
@@ -50,6 +52,20 @@ def test_the_table():
         ["tokens that fit", "791,312", "3,165,248 (4.00x)", "-"],
         ["64x2048 prefill, s", "3.30", "3.00 (1.10x)", "-"],
         ["64x2048 step, ms", "10.40", "5.20 (2.00x)", "-"],
+        ["start, caches as found, s", "24.00", "25.00 (0.96x)", "-"],
+    ]
+
+
+def test_the_table_of_a_mix_given_up_and_of_starts_again():
+    lines = [*LINES, {"kv_cache_dtype": "fp8", "requests": 64, "context": 2048, "not_done_s": 60, "prefill_s": 6.6,
+                      "step_ms": None}]  # fmt: skip
+    lines += [{"kv_cache_dtype": "auto", "start_s": seconds, "restart": n} for n, seconds in ((1, 20.0), (2, 22.0))]
+    lines += [{"kv_cache_dtype": "kvarn_k4v2_g128", "start_s": 21.0, "restart": n} for n in (1, 2)]
+    _, rows = serve.table(lines, [MIX])
+    assert rows[1:] == [
+        ["64x2048 prefill, s", "3.30", "3.00 (1.10x)", "6.60 (0.50x)"],
+        ["64x2048 step, ms", "10.40", "5.20 (2.00x)", "not done in 60 s"],
+        ["start again, s", "21.00", "21.00 (1.00x)", "-"],
     ]
 
 
@@ -59,30 +75,98 @@ def test_the_picture():
     assert {"3,165,248", "5.20", "ms per decode step, 64 x 2,048 tokens (less is better)"} <= set(texts)
 
 
-def engine(program: str, monkeypatch, tmp_path):
-    """The commands run `program` in place of an engine."""
-    path = tmp_path / "engine.py"
-    path.write_text(program)
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """serve.measure, its engines run `program` in place of vLLM."""
     popen = serve.subprocess.Popen
-    monkeypatch.setattr(serve.subprocess, "Popen", lambda command, **more: popen([command[0], str(path)], **more))
+
+    def run(program: str, seconds: int = 60, **more):
+        path = tmp_path / "engine.py"
+        path.write_text("import json, sys, time\nasked = json.loads(sys.argv[1])\n" + program)
+        monkeypatch.setattr(
+            serve.subprocess, "Popen", lambda command, **told: popen([command[0], str(path), command[-1]], **told)
+        )
+        dtypes, limits = ["auto", "fp8"], serve.Limits(seconds, 7)
+        return serve.measure("qwen3-8b", dtypes, [MIX], {}, limits, tmp_path / "logs", **more)
+
+    return run
 
 
-def test_an_engine_that_dies_and_one_that_hangs(monkeypatch, tmp_path):
-    measure = lambda seconds: list(serve.measure("qwen3-8b", ["fp8"], [MIX], {}, seconds, tmp_path / "logs"))  # noqa: E731
-    engine('print(\'{"kv_cache_dtype": "fp8"}\'); raise SystemExit(3)', monkeypatch, tmp_path)
-    assert "exit status 3" in measure(60)[1]["error"]
-    engine("import time; time.sleep(60)", monkeypatch, tmp_path)
-    assert "not done after 1 s" in measure(1)[0]["error"]
+def test_an_engine_that_dies_and_one_that_hangs(measure):
+    lines = list(measure("print(json.dumps({'kv_cache_dtype': asked['kv_cache_dtype']})); raise SystemExit(3)"))
+    assert lines[0] == {"kv_cache_dtype": "auto"} and "exit status 3" in lines[1]["error"] and len(lines) == 4
+    assert "not done after 1 s" in next(measure("time.sleep(60)", seconds=1))["error"]
+    said = list(measure("print(json.dumps({'error': 'why'})); raise SystemExit(1)"))
+    assert said == [{"error": "why"}] * 2
+
+
+def test_lines_come_and_are_kept_while_the_engine_runs(measure, tmp_path):
+    path = tmp_path / "serve.jsonl"
+    lines = serve.record(measure("print(json.dumps({'at': 1}), flush=True); time.sleep(60)"), "qwen3-8b", path)
+    begun = time.monotonic()
+    assert next(lines) == {"at": 1}
+    written = json.loads(path.read_text())
+    lines.close()
+    assert written["at"] == 1 and written["model"] == "qwen3-8b" and time.monotonic() - begun < 30
+
+
+def test_every_engine_starts_again_in_turns(measure):
+    lines = list(measure("print(json.dumps({name: asked[name] for name in asked if name != 'model'}))", restarts=2))
+    assert [(line["kv_cache_dtype"], len(line["mixes"]), line.get("restart")) for line in lines] == [
+        ("auto", 1, None), ("fp8", 1, None), ("fp8", 0, 1), ("auto", 0, 1), ("auto", 0, 2), ("fp8", 0, 2),
+    ]  # fmt: skip
+    assert all(line["mix_seconds"] == 7 and line["dummy"] for line in lines)
+
+
+class StandIn:
+    """An engine whose steps take a while and give every request a token."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.tokens, self.most = seconds, {}, 0
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(get_vocab_size=lambda: 100),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=1000),
+            speculative_config=None,
+        )
+
+    def add_request(self, name, prompt, params):
+        self.tokens[name], self.most = 0, params.max_tokens
+
+    def abort_request(self, names):
+        self.tokens = {}
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.tokens)
+
+    def step(self):
+        time.sleep(self.seconds)
+        self.tokens = {name: count + 1 for name, count in self.tokens.items()}
+        said = [
+            SimpleNamespace(
+                request_id=name, finished=n == self.most, outputs=[SimpleNamespace(token_ids=[0] * n)]
+            )
+            for name, n in self.tokens.items()
+        ]  # fmt: skip
+        self.tokens = {name: n for name, n in self.tokens.items() if n < self.most}
+        return said
+
+
+def test_a_mix_that_ends_and_one_that_is_given_up():
+    pytest.importorskip("vllm")
+    found = engine.run_mix(SimpleNamespace(llm_engine=StandIn(0.0)), 4, 10, 5, seconds=60)
+    assert found["steps"] == 5 and "not_done_s" not in found
+    slow = StandIn(0.02)
+    found = engine.run_mix(SimpleNamespace(llm_engine=slow), 4, 10, 500, seconds=0.2)
+    assert found["not_done_s"] == 0.2 and 0 < found["steps"] < 500 and found["prefill_s"] > 0
+    assert "total_s" not in found and not slow.has_unfinished_requests()
 
 
 def test_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(serve, "measure", lambda *_: iter(LINES))
-    monkeypatch.setattr(serve, "record", lambda lines, model, path: path.write_text(json.dumps(lines)))
     results = tmp_path / "out" / "serve.jsonl"
-    results.parent.mkdir()
     asked = ["bench", "serve", "qwen3-8b", "--mixes", "64x2048+48", "--results", str(results)]
     ran = CliRunner().invoke(commands.app, asked)
     assert ran.exit_code == 1 and "fp8: not done after 3 s" in ran.output and "(4.00x)" in ran.output
-    assert results.with_suffix(".svg").exists()
+    assert results.with_suffix(".svg").exists() and len(results.read_text().splitlines()) == len(LINES)
     bad = CliRunner().invoke(commands.app, ["bench", "serve", "qwen3-8b", "--mixes", "many"])
     assert bad.exit_code == 1 and "is not a mix" in bad.output

@@ -4,12 +4,14 @@
     python -m kvarn.bench.engine '{"model": folder, "kv_cache_dtype": .., "mixes": [[requests, context, output], ..]}'
 
 A mix starts all requests at once. `prefill_s` ends when the last of them has its first token; `step_ms` is the median
-of the steps in which every request decodes. Standard output carries the JSON lines only, everything else goes to
-standard error.
+of the steps in which every request decodes. A mix that is not done in `mix_seconds` is given up: its line says so in
+`not_done_s` and has what was measured by then. Without mixes the line of the start is all. Standard output carries the
+JSON lines only, everything else goes to standard error.
 """
 
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -23,9 +25,10 @@ def main() -> None:
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     asked = json.loads(sys.argv[1])
+    facts = {"kv_cache_dtype": asked["kv_cache_dtype"]}
 
     def tell(**line) -> None:
-        lines.write(json.dumps({"kv_cache_dtype": asked["kv_cache_dtype"]} | line) + "\n")
+        lines.write(json.dumps(facts | line) + "\n")
 
     started, capacity = time.perf_counter(), Capacity()
     try:
@@ -33,15 +36,28 @@ def main() -> None:
     except Exception as error:
         tell(error=f"{type(error).__name__}: {error}")
         raise SystemExit(1) from error
-    tell(start_s=round(time.perf_counter() - started, 2), fit_tokens=capacity.tokens)
-    run_mix(llm, 4, 300, 8)  # warm-up
+    start_s = round(time.perf_counter() - started, 2)
+    facts |= machine()
+    tell(start_s=start_s, fit_tokens=capacity.tokens)
+    if asked["mixes"]:
+        run_mix(llm, 4, 300, 8)  # warm-up
     for requests, context, output in asked["mixes"]:
         try:
-            found = run_mix(llm, requests, context, output, asked.get("profile", False))
+            most = asked.get("mix_seconds", math.inf)
+            found = run_mix(llm, requests, context, output, most, asked.get("profile", False))
             tell(requests=requests, context=context, output=output, **found)
         except Exception as error:
             tell(requests=requests, context=context, output=output, error=f"{type(error).__name__}: {error}")
             raise SystemExit(1) from error
+
+
+def machine() -> dict:
+    """What this process runs on."""
+    import torch
+    import vllm
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "vllm": vllm.__version__}
 
 
 class Capacity(logging.Handler):
@@ -75,9 +91,10 @@ def start(asked: dict, capacity: Capacity):
     return LLM(model=asked["model"], kv_cache_dtype=asked["kv_cache_dtype"], **options)
 
 
-def run_mix(llm, requests: int, context: int, output: int, profile: bool = False) -> dict:
+def run_mix(llm, requests: int, context: int, output: int, seconds: float = math.inf, profile: bool = False) -> dict:
     """Random prompts of `context` tokens, at least `output` steps each beyond what the others' prefill takes.
 
+    seconds  when it is given up
     profile  also which kernels run in a decode step; steps are then slower
     """
     from vllm import SamplingParams
@@ -98,6 +115,9 @@ def run_mix(llm, requests: int, context: int, output: int, profile: bool = False
     prefill, steps, left, profiler = None, [], requests, None
     while engine.has_unfinished_requests():
         before = time.perf_counter()
+        if before - begun > seconds:
+            give_up(engine, names)
+            return measured(prefill, steps) | {"not_done_s": seconds}
         outputs = engine.step()
         now = time.perf_counter()
         for one in outputs:
@@ -114,13 +134,28 @@ def run_mix(llm, requests: int, context: int, output: int, profile: bool = False
     if min(tokens.values()) != most:
         raise RuntimeError(f"a request ended after {min(tokens.values())} of {most} tokens")
     took = time.perf_counter() - begun
+    whole = {"total_s": round(took, 3), "output_tokens_per_s": round(sum(tokens.values()) / took, 1)}
+    return measured(prefill, steps) | whole | ({"kernels": profiler.kernels} if profiler else {})
+
+
+def measured(prefill: float | None, steps: list[float]) -> dict:
+    """Both in seconds; steps are those in which every request decodes."""
     return {
-        "prefill_s": round(prefill, 3),
+        "prefill_s": None if prefill is None else round(prefill, 3),
         "step_ms": round(1e3 * statistics.median(steps), 3) if steps else None,
         "steps": len(steps),
-        "total_s": round(took, 3),
-        "output_tokens_per_s": round(sum(tokens.values()) / took, 1),
-    } | ({"kernels": profiler.kernels} if profiler else {})
+    }
+
+
+def give_up(engine, names: list[str]) -> None:
+    """Ends the requests, and waits for what the device still computes for them."""
+    import torch
+
+    engine.abort_request(names)
+    while engine.has_unfinished_requests():
+        engine.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 PROFILED = 8  # steps

@@ -109,7 +109,9 @@ def serve(
         str, typer.Option(help="Requests x context + decode steps.")
     ] = "64x2048+48,1x32768+32,32x16384+40",
     options: Annotated[str, typer.Option(help="Of vllm.LLM, as JSON, over the benchmark's own.")] = "{}",
-    seconds: Annotated[int, typer.Option(help="At most, for one dtype.")] = 300,
+    seconds: Annotated[int, typer.Option(help="At most, for one dtype.")] = 600,
+    mix_seconds: Annotated[int, typer.Option(help="At most, for one mix; then it is given up.")] = 120,
+    restarts: Annotated[int, typer.Option(help="Start every engine again so often, caches warm, to time that.")] = 0,
     results: Annotated[Path, typer.Option(help="JSON lines, and a picture beside them.")] = Path("serve.jsonl"),
 ) -> None:
     """Prefill, decode step and capacity of stock vLLM with each cache dtype, in one run, as numbers and a picture."""
@@ -120,10 +122,11 @@ def serve(
     try:
         asked = [serving.Mix.of(text) for text in mixes.split(",")]
         names, log = dtypes.split(","), results.with_suffix(".logs")
-        for line in serving.measure(model, names, asked, json.loads(options), seconds, log):
+        limits = serving.Limits(seconds, mix_seconds)
+        measured = serving.measure(model, names, asked, json.loads(options), limits, log, restarts)
+        for line in serving.record(measured, model, results):
             lines.append(line)
             err.print(json.dumps(line), markup=False, highlight=False, soft_wrap=True)
-        serving.record(lines, model, results)
     except (ValueError, OSError) as error:
         raise fail(error) from None
     results.with_suffix(".svg").write_text(picture.draw(lines, asked))

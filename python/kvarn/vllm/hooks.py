@@ -35,6 +35,7 @@ def backend_path(selector) -> str | None:
     from . import backend, compat, refuse
 
     refuse.check_layer(preset, selector)
+    _for_both_sides()
     compat.wrap_layer_spec(layer_spec)
     if compat.platform_name() == "cuda":
         compat.mix_windows(preset_of)
@@ -43,13 +44,21 @@ def backend_path(selector) -> str | None:
 
 def register_specs(vllm_config) -> None:
     """vLLM's own cache specs are registered; ours come next."""
-    from . import compat, offload, spec
+    from . import offload, spec
 
     spec.register()
-    compat.widen_mixed_rows()
-    compat.zero_windows()
+    _for_both_sides()
     if vllm_config.kv_transfer_config is not None and preset_of(vllm_config) is not None:
         offload.install()
+
+
+def _for_both_sides() -> None:
+    """What scheduler and workers have to agree on: with tensor parallelism they are processes of their own, and only
+    the scheduler's registers specs, only the workers' have layers."""
+    from . import compat
+
+    compat.widen_mixed_rows()
+    compat.zero_windows()
 
 
 def layer_spec(layer, made, vllm_config):
