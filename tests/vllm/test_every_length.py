@@ -60,6 +60,7 @@ def prompts_on(request, monkeypatch) -> str:
 
 def test_every_step(small_model, asked, prompts_on):
     with beside("gpu") as seen, Engine(small_model, **ROOM, **CACHE) as engine:
+        seen.begin()
         for _ in range(2):
             engine.run(asked, tokens=TOKENS)
         assert engine.counters()["hits"] >= TILE * TILE
@@ -83,6 +84,7 @@ def test_what_the_model_says(small_model, asked, cpu, rounding, prompts_on):
 def test_a_wrong_tile_is_noticed(small_model, asked, cpu, rounding):
     """Hits that find another prompt's tile: nearly every answer is beyond the tolerance."""
     with beside("gpu") as seen, Engine(small_model, **ROOM, **CACHE) as engine:
+        seen.begin()
         engine.run(asked, tokens=TOKENS)
         for pages in seen.pages.values():
             pages.copy_(pages.roll(1, 0))
