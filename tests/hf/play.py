@@ -27,7 +27,7 @@ class Player:
         self, preset: str = "kvarn_k4v2_g128", layers: int = 1, device="cpu", dtype=torch.float32, through=None
     ):
         """through: a dtype that what is fed is rounded to first"""
-        self.rows = Rows()
+        self.rows = Rows([preset])
         self.layers = [Layer(preset, "weighted", self.rows) for _ in range(layers)]
         self.device, self.dtype, self.through = device, dtype, through or dtype
 

@@ -41,6 +41,24 @@ def test_bits_decide_the_error(model):
     assert 1e-4 < errors[0] < errors[1] < 0.5
 
 
+def test_layers_of_other_presets(device):
+    """What one cache holds in two presets is what caches of one preset hold of it, crops and chunks included."""
+    model, ids = tiny("llama", device), prompt(2, 400, device=device)
+    fine, coarse = "kvarn_k8v4_g128", "kvarn_k4v2_g128"
+    own = kvarn_cache(model.config, preset=coarse, layers={0: fine, 2: fine})
+    assert [layer.preset for layer in own.packed_layers] == [fine, coarse, fine]
+    mixed = logits(model, ids, own)
+    first = kvarn_cache(model.config, preset=fine)
+    logits(model, ids, first)
+    assert torch.equal(own.layers[0].pages[:3], first.layers[0].pages[:3])  # whole tiles of the first row
+    same = kvarn_cache(model.config, preset=fine, layers={number: coarse for number in range(3)})
+    assert torch.equal(logits(model, ids, same), logits(model, ids, kvarn_cache(model.config, preset=coarse)))
+    own.crop(-20)  # within what the smaller of the pages keep of 16 bits
+    own.crop(-(380 - 256))
+    again = torch.cat([logits(model, part, own) for part in ids[:, 256:].split(50, dim=1)], dim=1)
+    torch.testing.assert_close(again, mixed[:, 256:], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", SERVED)
 def test_agrees_with_the_reference_verbs(kind, monkeypatch):
     model = tiny(kind)

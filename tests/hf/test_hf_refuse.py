@@ -39,6 +39,14 @@ def test_arguments():
         Cache(config("Llama"), encoder="best")
     with pytest.raises(TypeError, match=r"Cache\(model.config\)"):
         Cache(tiny("llama"))
+    with pytest.raises(ValueError, match=r"names layer 3; the full-attention layers of llama are \[0, 1, 2\]"):
+        Cache(config("Llama"), layers={3: "kvarn_k8v4_g128"})
+    with pytest.raises(ValueError, match=r"names layer 0; the full-attention layers of gemma3_text are \[1\]"):
+        Cache(tiny("gemma3").config, layers={0: "kvarn_k8v4_g128"})
+    with pytest.raises(ValueError, match="in tiles of 64 tokens; those of kvarn_k4v2_g128 have 128"):
+        Cache(config("Llama"), layers={0: "kvarn_k8v4_g64"})
+    with pytest.raises(ValueError, match="kvarn_k9v9"):
+        Cache(config("Llama"), layers={0: "kvarn_k9v9_g128"})
 
 
 def test_sinks_on_the_cpu():

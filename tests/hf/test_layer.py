@@ -200,7 +200,8 @@ def test_wrong_batches_and_masks_are_refused():
 
 def test_layers_must_be_alike():
     player = Player(layers=2)
-    player.layers[1].preset = "kvarn_k4v4_g128"
+    player.step(random_tokens(14, 1, 3))
+    player.rows.shape = (128, 2)
     with pytest.raises(NotImplementedError, match="full-attention layers are alike"):
         player.step(random_tokens(14, 1, 3))
 

@@ -49,7 +49,7 @@ def test_rows_and_memory_count_the_pages_ahead(layer):
 def test_merging_keeps_what_vllm_does_not_know():
     packed = spec.packed(full(), PRESET)
     assert spec.KvarnSpec.merge([packed, packed]) == packed
-    with pytest.raises(ValueError, match="agree"):
+    with pytest.raises(AssertionError, match="agree"):
         spec.KvarnSpec.merge([packed, spec.KvarnSpec.of(packed, tokens_ahead=512)])
 
 

@@ -65,8 +65,14 @@ SERVED = [
     {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
     {"model_config__window": 512},
     {"model_config": None},
+    {"additional_config": {"kvarn_layers": {"0": "kvarn_k8v4_g128"}}},
 ]
+OWN = {"additional_config": {"kvarn_layers": {"0": "kvarn_k8v4_g128"}}}
 REFUSED = [
+    ({"additional_config": {"kvarn_layers": {"0": "fp8"}}}, "names the preset 'fp8'"),
+    (OWN | {"model_config__window": 512}, "kvarn_layers beside layers with a sliding window"),
+    (OWN | {"parallel_config__pipeline_parallel_size": 2}, "kvarn_layers beside pipeline parallelism"),
+    (OWN | {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")}, "beside a KV connector"),
     ({"model_config__use_mla": True}, "multi-head latent attention"),
     ({"model_config__is_hybrid": True}, "state-space layers, on a CPU"),
     ({"model_config__is_encoder_decoder": True}, "cross attention"),

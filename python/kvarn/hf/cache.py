@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from transformers import PretrainedConfig
 from transformers import cache_utils as tf
@@ -20,19 +22,27 @@ class Cache(tf.Cache):
              the model would do without
     preset   "kvarn_k4v2_g128" and so on, see docs/specification.md
     encoder  "weighted", or "varnorm" (the published one)
+    layers   other presets for some layers, by their number: {0: "kvarn_k8v4_g128"}; tiles must have as many tokens
     Raises ValueError or NotImplementedError, with the reason, for models that it cannot serve.
     """
 
-    def __init__(self, config: PretrainedConfig, preset: str = "kvarn_k4v2_g128", encoder: str = "weighted"):
-        refuse(config, preset, encoder)
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        preset: str = "kvarn_k4v2_g128",
+        encoder: str = "weighted",
+        layers: Mapping[int, str] | None = None,
+    ):
+        layers = dict(layers or {})
+        refuse(config, preset, encoder, layers)
         decoder = config.get_text_config(decoder=True)
-        self.preset, self.rows = preset, Rows()
+        self.preset, self.rows = preset, Rows((preset, *layers.values()))
         # transformers knows which layers a model has; sliding windows and linear attention stay as they are.
-        layers = [
-            Layer(preset, encoder, self.rows) if type(layer) is tf.DynamicLayer else layer
-            for layer in tf.DynamicCache(config=decoder).layers
+        made = [
+            Layer(layers.get(number, preset), encoder, self.rows) if type(layer) is tf.DynamicLayer else layer
+            for number, layer in enumerate(tf.DynamicCache(config=decoder).layers)
         ]
-        super().__init__(layers=layers)
+        super().__init__(layers=made)
         decoder._attn_implementation = attention.NAME
 
     @property

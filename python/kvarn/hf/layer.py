@@ -115,10 +115,11 @@ class Layer(CacheLayerMixin):
     def _step(self, query: torch.Tensor, padding: torch.Tensor | None) -> Step:
         """The step in progress, or a new one if this layer is the first in it."""
         columns = query.shape[2]
-        if self.rows.layout not in (None, self.layout):
+        shape = self.layout.head_dim, self.layout.kv_heads
+        if self.rows.shape not in (None, shape):
             raise NotImplementedError(
-                f"this layer needs {self.layout}, others {self.rows.layout}: kvarn serves models whose full-attention "
-                "layers are alike"
+                f"this layer has head_dim and KV heads {shape}, others {self.rows.shape}: kvarn serves models whose "
+                "full-attention layers are alike"
             )
         if self.columns == self.rows.columns:
             return self.rows.begin(self.layout, query.shape[0], columns, padding)

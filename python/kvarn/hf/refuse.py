@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PretrainedConfig
 from transformers import cache_utils as tf
 
@@ -11,7 +13,7 @@ import kvarn
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-def refuse(config: PretrainedConfig, preset: str, encoder: str) -> None:
+def refuse(config: PretrainedConfig, preset: str, encoder: str, layers: Mapping[int, str]) -> None:
     """Raises TypeError, ValueError or NotImplementedError with what was given, what is allowed and what to do."""
     if not isinstance(config, PretrainedConfig):
         raise TypeError(f"config is {type(config).__name__}; it must be a model's config: Cache(model.config)")
@@ -35,7 +37,16 @@ def refuse(config: PretrainedConfig, preset: str, encoder: str) -> None:
         )
     if tf.DynamicLayer not in kinds:
         raise NotImplementedError(f"every layer of {name} has a sliding window: there is nothing to pack")
-    kvarn.Layout(preset, _head_dim(decoder), kv_heads=1)
+    layout = kvarn.Layout(preset, _head_dim(decoder), kv_heads=1)
+    full = [number for number, kind in enumerate(kinds) if kind is tf.DynamicLayer]
+    for number, other in layers.items():
+        if number not in full:
+            raise ValueError(f"layers names layer {number!r}; the full-attention layers of {name} are {full}")
+        if (tokens := kvarn.Layout(other, layout.head_dim, kv_heads=1).page_tokens) != layout.page_tokens:
+            raise ValueError(
+                f"layers gives layer {number} {other}, in tiles of {tokens} tokens; those of {preset} have "
+                f"{layout.page_tokens}"
+            )
 
 
 def _head_dim(decoder: PretrainedConfig) -> int:

@@ -7,6 +7,8 @@ would have alone. Each forward pass of the model is one Step, worked out when it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -45,15 +47,15 @@ class Step:
         return self._there(device, "tables", lambda: [table.to(device) for table in self._tables])
 
     def plan(self, device: torch.device, layout: kvarn.Layout, query_heads: int):
-        """On CUDA the plan of this step, shared by layers with as many query heads; None on the CPU."""
+        """On CUDA the plan of this step, shared by layers that are alike; None on the CPU."""
         if device.type != "cuda":
             return None
-        plan = self._on.get((device, "plan"))
-        if plan is None or plan.query_heads != query_heads:  # one at a time: they share the workspace
-            plan = self._on[device, "plan"] = kvarn.plan(
+        kind = layout, query_heads
+        if self._on.get((device, "planned")) != kind:  # one at a time: they share the workspace
+            self._on[device, "planned"], self._on[device, "plan"] = kind, kvarn.plan(
                 layout, *self.tables(device), tokens=self.tokens, query_heads=query_heads, max_query_len=self._longest
-            )
-        return plan
+            )  # fmt: skip
+        return self._on[device, "plan"]
 
     def tokens_of(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, heads, columns, head_dim] -> [tokens, heads, head_dim], padding left out."""
@@ -81,14 +83,16 @@ class Rows:
     """The batch of a cache, shared by its kvarn layers.
 
     columns    transformers' length of the cache, padding counted
-    sequences  None before the first step, and so is the layout, the same for all layers
+    presets    those of the layers
+    sequences  None before the first step, and so is shape, (head_dim, kv_heads) of every layer
     """
 
     step: Step | None = None  # of the forward pass in progress; copies of a cache do without
 
-    def __init__(self):
+    def __init__(self, presets: Iterable[str]):
         self.columns = 0
-        self.layout: kvarn.Layout | None = None
+        self.presets = tuple(dict.fromkeys(presets))
+        self.shape: tuple[int, int] | None = None
         self.sequences: Sequences | None = None
         self._padding: torch.Tensor | None = (
             None  # bool [batch, columns], True where there is a token; None: everywhere
@@ -103,8 +107,10 @@ class Rows:
         Raises ValueError if the batch or what was padding before is not as it was.
         """
         if self.sequences is None:
-            self.layout = layout
-            self.sequences = Sequences(batch, layout.page_tokens, layout.pages_ahead, layout.raw_tokens_per_page)
+            self.shape = layout.head_dim, layout.kv_heads
+            layouts = [kvarn.Layout(preset, *self.shape) for preset in self.presets]
+            ahead, raw = max(x.pages_ahead for x in layouts), min(x.raw_tokens_per_page for x in layouts)
+            self.sequences = Sequences(batch, layout.page_tokens, ahead, raw)
         if batch != (had := len(self.sequences.lengths)):
             raise ValueError(
                 f"the cache holds {had} rows, this forward pass has {batch}; make a new cache, or reset() it"
@@ -167,4 +173,4 @@ class Rows:
                 self._padding = self._padding[indices.to(self._padding.device)]
 
     def reset(self) -> None:
-        self.columns, self.layout, self.sequences, self._padding, self.step = 0, None, None, None, None
+        self.columns, self.shape, self.sequences, self._padding, self.step = 0, None, None, None, None

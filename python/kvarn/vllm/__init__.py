@@ -8,6 +8,7 @@ compat   how we get asked: every name that differs between vLLM releases, and no
 refuse   what cannot be served, why, and what to do instead
 spec     pages: how large one is, and the pages ahead of each running request
 backend  attention: append, then attend
+layers   presets of their own for some layers
 
 The encoder is `weighted`; `--additional-config '{"kvarn_encoder": "varnorm"}'` or the environment variable
 KVARN_ENCODER=varnorm chooses the published algorithm.

@@ -5,6 +5,7 @@ cpu   attention of a layer on the CPU
 gpu   on NVIDIA GPUs: plans, CUDA graphs, prompts on FlashAttention
 """
 
+import sys
 from typing import ClassVar
 
 import torch
@@ -143,6 +144,12 @@ class KvarnLayer(AttentionImpl):
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.sinks = sinks  # a parameter of the model, [num_heads]: it has its values once weights are loaded
         self.encoder = refuse.encoder_of(get_current_vllm_config())
+
+    def repack(self, preset: str) -> type[KvarnBackend]:
+        """Another preset than the one that this layer was built for, before it has a cache. Returns its backend."""
+        self.layout = kvarn.Layout(preset, head_dim=self.head_size, kv_heads=self.num_kv_heads)
+        self.kv_cache_dtype = preset
+        return getattr(sys.modules[__name__], f"Backend_{preset}")
 
     def pages_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """uint8 [pages, page_bytes] of vLLM's view of the layer's cache (KvarnBackend.get_kv_cache_shape)."""

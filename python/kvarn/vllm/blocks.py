@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 import kvarn
 
 from . import compat, refuse
-from .hooks import preset_of
+from .hooks import is_ours, preset_of
 
 logger = init_logger("vllm.kvarn")
 
@@ -49,10 +49,10 @@ def settle(config) -> None:
 
 def packed_layouts(config) -> list[kvarn.Layout]:
     """Of the layers that are packed, each layout once."""
-    preset, layers = preset_of(config), config.compilation_config.static_forward_context.values()
-    packed = [layer for layer in layers if getattr(layer, "kv_cache_dtype", None) == preset]
-    shapes = dict.fromkeys((layer.head_size, layer.num_kv_heads) for layer in packed)
-    return [kvarn.Layout(preset, *shape) for shape in shapes]
+    layers = config.compilation_config.static_forward_context.values()
+    packed = [layer for layer in layers if is_ours(getattr(layer, "kv_cache_dtype", None))]
+    kinds = dict.fromkeys((layer.kv_cache_dtype, layer.head_size, layer.num_kv_heads) for layer in packed)
+    return [kvarn.Layout(*kind) for kind in kinds]
 
 
 def _spec_of(layer, config):

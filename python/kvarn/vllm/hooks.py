@@ -6,7 +6,12 @@ def preset_of(vllm_config) -> str | None:
     """The preset this vLLM was started with, or None if it did not ask for kvarn."""
     cache_config = getattr(vllm_config, "cache_config", None)
     name = getattr(cache_config, "cache_dtype", None)
-    return name if isinstance(name, str) and name.startswith("kvarn_") else None
+    return name if is_ours(name) else None
+
+
+def is_ours(cache_dtype) -> bool:
+    """Whether the cache of a layer, or of a server, is packed."""
+    return isinstance(cache_dtype, str) and cache_dtype.startswith("kvarn_")
 
 
 def check_config(vllm_config) -> None:
@@ -21,16 +26,18 @@ def check_config(vllm_config) -> None:
 
 def settle_blocks(vllm_config) -> None:
     """The model's layers exist and vLLM chose a block size: now ours for models that do not only have packed layers."""
-    if preset_of(vllm_config) is not None:
-        from . import blocks
+    preset = preset_of(vllm_config)
+    if preset is not None:
+        from . import blocks, layers
 
+        layers.settle(vllm_config, preset)
         blocks.settle(vllm_config)
 
 
 def backend_path(selector) -> str | None:
     """Which attention backend serves a layer (an AttentionSelectorConfig): the path of ours, or None for vLLM's."""
     preset = selector.kv_cache_dtype
-    if not isinstance(preset, str) or not preset.startswith("kvarn_"):
+    if not is_ours(preset):
         return None
     from . import backend, compat, refuse
 

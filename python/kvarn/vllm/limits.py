@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import kvarn
 
-from . import compat, contract
+from . import compat, contract, layers
 from .refuse import USE_16_BIT, Refused, encoder_of, no_kernels, page_tokens, prompts_of
 
 # Proposers whose layers, if they have any, attend causally to their own tokens, one draft after the other.
@@ -73,9 +73,31 @@ def _choices(preset, config):
     try:
         for choice in (encoder_of, prompts_of):
             choice(config)
+        layers.asked(config, preset)
     except Refused as error:
         return str(error)
     return None
+
+
+def _presets(preset, config) -> list[str]:
+    """That of the server, and those of some layers."""
+    try:
+        return list(dict.fromkeys([preset, *layers.asked(config, preset).values()]))
+    except Refused:
+        return [preset]
+
+
+def _some_layers(preset, config):
+    if len(_presets(preset, config)) == 1:
+        return None
+    beside = {
+        "layers with a sliding window": _has_windows(config),
+        "layers of other kinds": getattr(config.model_config, "is_hybrid", False),
+        "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
+        "a KV connector": config.kv_transfer_config is not None,
+    }
+    found = [words for words, is_there in beside.items() if is_there]
+    return f"kvarn_layers beside {' and '.join(found)}" if found else None
 
 
 def _model(attribute: str, words: str):
@@ -86,11 +108,14 @@ def _heads(preset, config):
     model, parallel = config.model_config, config.parallel_config
     if model is None or model.use_mla or model.is_attention_free:
         return None
-    try:
-        layout = kvarn.Layout(preset, head_dim=model.get_head_size(), kv_heads=model.get_num_kv_heads(parallel))
-    except ValueError as error:
-        return str(error)
-    return no_kernels(layout, model.get_num_attention_heads(parallel))
+    for name in _presets(preset, config):
+        try:
+            layout = kvarn.Layout(name, head_dim=model.get_head_size(), kv_heads=model.get_num_kv_heads(parallel))
+        except ValueError as error:
+            return str(error)
+        if found := no_kernels(layout, model.get_num_attention_heads(parallel)):
+            return found
+    return None
 
 
 def _has_windows(config) -> bool:
@@ -140,7 +165,8 @@ def _drafts(preset, config):
         return f"speculative method {drafts.method}, in parallel"
     if _heads(preset, config) or model.use_mla:
         return None
-    asked, most = drafts.num_speculative_tokens, kvarn.Layout(preset, model.get_head_size(), 1).raw_tokens_per_page
+    head_dim, asked = model.get_head_size(), drafts.num_speculative_tokens
+    most = min(kvarn.Layout(name, head_dim, 1).raw_tokens_per_page for name in _presets(preset, config))
     return f"{asked} drafts per step, where a page has room for {most}" if asked > most else None
 
 
@@ -164,6 +190,7 @@ LIMITS = (
     ),
     Limit("options of kvarn's that do not exist", "name one of these, or leave the option out", _choices),
     Limit("head sizes and ratios without kernels", USE_16_BIT, _heads),
+    Limit("presets of some layers' own where pages must be of one size", "leave kvarn_layers out", _some_layers),
     Limit("multi-head latent attention (MLA)", USE_16_BIT, _model("use_mla", "has multi-head latent attention")),
     Limit("hybrid models with state-space or linear-attention layers, on CPUs", USE_16_BIT, _hybrid),
     Limit("encoder-decoder models", USE_16_BIT, _model("is_encoder_decoder", "has cross attention")),

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 import kvarn
 
 from . import blocks, compat, refuse
-from .hooks import preset_of
+from .hooks import is_ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ class AheadSpec(FullAttentionSpec):
         own = {f.name: getattr(specs[0], f.name) for f in fields(cls)}
         own = {name: value for name, value in own.items() if name not in FullAttentionSpec.__dataclass_fields__}
         if any(getattr(spec, name) != value for spec in specs for name, value in own.items()):
-            raise ValueError(f"layers of one KV cache group must agree on {sorted(own)}, got {specs}")
+            # What vLLM expects of specs that cannot be merged: it then keeps them side by side (kvarn_layers).
+            raise AssertionError(f"layers that share a spec must agree on {sorted(own)}, got {specs}")
         return replace(merged, **own)
 
 
@@ -147,15 +148,15 @@ def of_layer(layer, made, vllm_config):
     share block ids and asks the first one's manager for all. Layers with windows get blocks that fit into a packed
     layer's. Other kinds of 16-bit layers keep vLLM's spec.
     """
-    preset = preset_of(vllm_config)
-    if made is None or (type(made) not in (FullAttentionSpec, SlidingWindowSpec) and layer.kv_cache_dtype != preset):
+    packs = is_ours(layer.kv_cache_dtype)
+    if made is None or (type(made) not in (FullAttentionSpec, SlidingWindowSpec) and not packs):
         return made
     layouts = blocks.packed_layouts(vllm_config)
-    if layer.kv_cache_dtype != preset and type(made) is SlidingWindowSpec:
+    if not packs and type(made) is SlidingWindowSpec:
         smallest = min(layouts, key=blocks.page_bytes)
         return WindowSpec.of(made, **blocks.of_windows(made, smallest, vllm_config.cache_config.block_size))
     tokens_ahead = max(layout.pages_ahead * layout.page_tokens for layout in layouts)
     compat.widen_rows(tokens_ahead)
-    if layer.kv_cache_dtype == preset:
-        return packed(made, preset, tokens_ahead)
+    if packs:
+        return packed(made, layer.kv_cache_dtype, tokens_ahead)
     return AheadSpec.of(made, tokens_ahead=tokens_ahead)
