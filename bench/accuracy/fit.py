@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""K fitted at every width, from its full range (docs/accuracy.md, "Found, not in yet"), in real models.
+"""K fitted at every width, from its full range (docs/encoder-study.md), in real models.
 
     python bench/accuracy/fit.py MODEL --name NAME --text TEXT --contexts 3 --presets k4v4 k4v2 --results FILE
 
