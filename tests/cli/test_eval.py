@@ -85,10 +85,13 @@ def test_less_than_a_block_is_an_error():
 
 
 class Words:
-    """A tokenizer of one token per word."""
+    """A tokenizer of one token per word; every text begins with the tokens `begin`."""
+
+    def __init__(self, *begin: int):
+        self.begin = begin
 
     def __call__(self, text):
-        return {"input_ids": [int(word) for word in text.split()]}
+        return {"input_ids": [*self.begin, *(int(word) for word in text.split())]}
 
 
 def test_contexts_are_apart_and_stay_when_more_are_asked(tmp_path):
@@ -99,6 +102,9 @@ def test_contexts_are_apart_and_stay_when_more_are_asked(tmp_path):
     assert (three[:2] == two).all()
     assert (three[:, 0] == np.arange(3) * text.SPACING).all()
     assert text.contexts(path, Words(), 300, 100).shape == (300, 101)
+    begun = text.contexts(path, Words(7), 3, 100)
+    assert (begun[:, 0] == 7).all()
+    assert (begun[:, 1:] == three[:, :-1]).all()
     with pytest.raises(ValueError, match="too few for 400 contexts"):
         text.contexts(path, Words(), 400, 100)
     with pytest.raises(FileNotFoundError, match="--text"):

@@ -66,6 +66,8 @@ def test_tasks_and_their_rules(data):
     assert lines.correct("line 3 has 7", "7") and not lines.correct("7, no: 8", "7") and not lines.correct("", "7")
     assert keys.questions[0].prompt.endswith('{"a1": "b1",\n "a2": "B2"}\n\nKey: "a2"\nCorresponding value:')
     assert keys.correct('It is "b2".', "B2") and not keys.correct("b1", "B2")
+    uuid = "3f7e0a52-9c41-4d8b-a6f0-5b1c2d9e8a73"
+    assert keys.new_tokens >= 2 * len(uuid) + 64  # the key and its value, a token per character, and words around
     assert passkey.questions[0].prompt == "grass. What is the pass key? The pass key is "
     assert gsm8k.questions[0].answer == "1018"
     assert gsm8k.correct("so \\boxed{\\$1,018.0} of 5", "1018") and gsm8k.correct("It is 1018", "1018")

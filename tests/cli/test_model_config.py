@@ -4,7 +4,7 @@
 import json
 
 import pytest
-from kvarn.cli.model_config import ModelShape, Unsupported, load, parse
+from kvarn.cli.model_config import ModelShape, Unsupported, full_layers, load, parse
 
 LLAMA = {
     "hidden_size": 4096,
@@ -45,6 +45,14 @@ def test_text_section_of_a_model_that_also_sees():
 def test_kinds_of_layers(extra, kinds):
     shape = parse(LLAMA | extra)
     assert (shape.full_layers, shape.window_layers, shape.other_layers) == kinds
+    assert len(full_layers(LLAMA | extra)) == kinds[0]
+
+
+def test_numbers_of_full_layers():
+    kinds = ["sliding_attention", "full_attention", "linear_attention"]
+    assert full_layers({"text_config": LLAMA | {"layer_types": kinds}}) == [1]
+    assert full_layers(LLAMA | {"sliding_window": 1024, "sliding_window_pattern": 16}) == [15, 31]
+    assert full_layers(LLAMA) == list(range(32))
 
 
 def test_a_window_is_counted_only_where_layers_slide():

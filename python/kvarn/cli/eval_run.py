@@ -12,12 +12,12 @@ import kvarn
 from kvarn.cli import model_config
 from kvarn.cli.console import out
 from kvarn.demo.model import cache_directory, smollm2
-from kvarn.eval import results, tasks
+from kvarn.eval import report, results, tasks
 from kvarn.eval.answers import Asker, describe
 from kvarn.eval.attention import Past
 from kvarn.eval.generation import can_generate
 from kvarn.eval.model import Model
-from kvarn.eval.rows import EXACT, rows
+from kvarn.eval.rows import EXACT, Row, rows
 from kvarn.eval.run import FIRST_SCORED, Runner
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,11 +30,13 @@ def text_run(path, text, name, contexts, length, only, past, device, dtype, wher
     model, facts = _load(path, name, device, dtype)
     runner = Runner(model, text, contexts, length, Past(past), _folder(work))
     facts |= {"text": text.name, "context": length, "contexts": contexts, "first_scored": FIRST_SCORED, "past": past}
-    asked = rows(facts["head_dim"], facts["kv_heads"], model.full_layers, facts["layers"], only)
+    asked = _rows(model, facts, only)
     result = results.Result(facts)
     with _progress(len(asked) * contexts) as advance:
         for row in asked:
             result.add(row, runner.run(row.cache, lambda name=row.name: advance(name)))
+            if row is asked[0]:
+                out.print(f"{report.perplexity(result.describe())}{facts['text_by']}", highlight=False)
             results.write(result.describe(), where)
             mean, median = result.rows[-1]["mean"], result.rows[-1]["median"]
             out.print(f"{row.name}: mean KLD {mean['value']:.5f}, median {median['value']:.5f}", highlight=False)
@@ -45,7 +47,7 @@ def task_run(path, name, names, data, questions, batch, only, device, dtype, whe
     """kvarn eval ask; arguments as there."""
     asked = tasks.tasks(data, [name.strip() for name in names.split(";")], questions)
     model, facts = _load(path, name, device, dtype)
-    chosen = rows(facts["head_dim"], facts["kv_heads"], model.full_layers, facts["layers"], f"{EXACT};{only}")
+    chosen = _rows(model, facts, f"{EXACT};{only}")
     chosen = [row for row in chosen if can_generate(row.cache)]  # the exact one is the first of all rows
     asker = Asker(model, batch, _folder(work))
     told = [
@@ -83,12 +85,18 @@ def _load(path: Path | None, name: str | None, device: str, dtype: str) -> tuple
         "model": name or ("SmolLM2-135M-Instruct" if path is None else model.path.stem),
         "origin": _origin(model.path),
         "layers": shape.full_layers + shape.window_layers + shape.other_layers,
-        "packed_layers": len(model.full_layers),
+        "packed_layers": shape.full_layers,
         "head_dim": shape.head_dim,
         "kv_heads": shape.kv_heads,
         "where": model.where,
+        "text_by": model.text_by,
         "target": torch.cuda.get_device_name() if model.device.type == "cuda" else kvarn.target(),
     }
+
+
+def _rows(model: Model, facts: dict, only: str) -> list[Row]:
+    full = model_config.full_layers(model.net.config.to_dict())
+    return rows(facts["head_dim"], facts["kv_heads"], full, facts["layers"], only)
 
 
 def _origin(model: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 # Where models that also see or hear keep the description of the part that writes text.
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config")
 HUB_TIMEOUT_S = 4
+FULL, WINDOW, OTHER = "full", "window", "other"
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,13 @@ def parse(config: Mapping, name: str = "model") -> ModelShape:
             f"{name} uses multi-head latent attention (kv_lora_rank {config['kv_lora_rank']}): its cache holds one "
             "latent vector per token, which kvarn does not pack. Serve it with --kv-cache-dtype auto or fp8."
         )
-    layers = _number(config, name, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    layers = _layers(config, name)
     query_heads = _number(config, name, "num_attention_heads", "n_head", "n_heads")
     kv_heads = _number(config, name, "num_key_value_heads", "num_kv_heads", default=query_heads)
     hidden = _number(config, name, "hidden_size", "n_embd", "d_model", default=0)
     head_dim = _number(config, name, "head_dim", default=hidden // query_heads)
-    full, windowed, other = _kinds(config, layers)
+    kinds = _kinds(config, layers)
+    full, windowed, other = (kinds.count(kind) for kind in (FULL, WINDOW, OTHER))
     if not full:
         raise Unsupported(
             f"{name} has no full-attention layer ({windowed} sliding, {other} others): nothing for kvarn to pack"
@@ -80,20 +82,36 @@ def parse(config: Mapping, name: str = "model") -> ModelShape:
     )
 
 
-def _kinds(config: Mapping, layers: int) -> tuple[int, int, int]:
-    """How many layers attend to everything, to a window, or are of another kind (Mamba, linear attention)."""
+def full_layers(config: Mapping) -> list[int]:
+    """The numbers of the layers that attend to everything: those that a cache packs. `config` as for parse."""
+    for section in TEXT_SECTIONS:
+        if isinstance(config.get(section), Mapping):
+            return full_layers(config[section])
+    kinds = _kinds(config, _layers(config, "model"))
+    return [number for number, kind in enumerate(kinds) if kind == FULL]
+
+
+def _layers(config: Mapping, name: str) -> int:
+    return _number(config, name, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def _kinds(config: Mapping, layers: int) -> list[str]:
+    """What each layer attends to: everything, a window, or it is of another kind (Mamba, linear attention)."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
     if isinstance(kinds, list):
-        full = sum(kind in ("full_attention", "attention") for kind in kinds)
-        windowed = sum(kind == "sliding_attention" for kind in kinds)
-        return full, windowed, len(kinds) - full - windowed
+        known = {"full_attention": FULL, "attention": FULL, "sliding_attention": WINDOW}
+        return [known.get(kind, OTHER) for kind in kinds]
     if period := config.get("full_attention_interval"):
-        return layers // period, 0, layers - layers // period
+        return _every(period, OTHER, layers)
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         period = config.get("sliding_window_pattern")
-        full = layers // period if isinstance(period, int) and period > 0 else 0
-        return full, layers - full, 0
-    return layers, 0, 0
+        return _every(period, WINDOW, layers) if isinstance(period, int) and period > 0 else [WINDOW] * layers
+    return [FULL] * layers
+
+
+def _every(period: int, others: str, layers: int) -> list[str]:
+    """The last of every `period` layers attends to everything."""
+    return [others if (number + 1) % period else FULL for number in range(layers)]
 
 
 def _number(config: Mapping, name: str, *fields: str, default: int | None = None) -> int:

@@ -13,12 +13,12 @@ class Model:
     """A checkpoint folder or a .gguf file, ready to run. Raises FileNotFoundError where there is neither.
 
     net, tokenizer  what transformers makes of it; net in evaluation mode on `device`, its weights of `dtype`
-    full_layers     numbers of the layers that attend to everything: those that a cache packs
     where           device and dtype in words: results depend on them
+    text_by         who turned text into tokens, in words: releases of transformers have read the same file differently
     """
 
     def __init__(self, path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
         if not path.exists():
             raise FileNotFoundError(f"no model at {path}; --model takes a checkpoint folder or a .gguf file")
@@ -27,16 +27,25 @@ class Model:
         self.path = path
         source, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
         self.tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if options and _begins_texts(path):
+            self.tokenizer.add_bos_token = True
         self.net = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).eval().to(device)
-        config = self.net.config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        self.full_layers = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
         self.where = f"{device} {str(dtype).removeprefix('torch.')}"
+        kind = type(self.tokenizer.backend_tokenizer.model).__name__
+        self.text_by = f"{type(self.tokenizer).__name__} ({kind}) of transformers {__version__}"
         self.weights = digest(*([path] if path.is_file() else sorted(path.glob("*.safetensors"))))
 
     @property
     def device(self) -> torch.device:
         return self.net.device
+
+
+def _begins_texts(path: Path) -> bool:
+    """Whether a .gguf file says that texts begin with a token of their own, which transformers leaves out."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.add_bos_token")
+    return field is not None and bool(field.contents())
 
 
 def digest(*files: Path) -> str:

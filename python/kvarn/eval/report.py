@@ -43,11 +43,11 @@ def title(result: Mapping) -> str:
         f"**{result['model']}**: head_dim {result['head_dim']}, {result['kv_heads']} KV heads, "
         f"{result['packed_layers']} of {result['layers']} layers packed; {result['text']}, contexts of "
         f"{result['context']:,}, {tokens:,} scored tokens; "
-        f"{_perplexity(result)}{PASTS[result.get('past', 'decoded')]}; {_made(result)}."
+        f"{perplexity(result)}{PASTS[result.get('past', 'decoded')]}; {_made(result)}."
     )
 
 
-def _perplexity(result: Mapping) -> str:
+def perplexity(result: Mapping) -> str:
     """That of the model without a cache: whether it is a working model at all."""
     if not result["rows"]:
         return ""
@@ -77,7 +77,8 @@ def ratios(result: Mapping) -> str:
 
 def _made(result: Mapping) -> str:
     where = result.get("where", "cpu float32")
-    return f"{result['date']}, commit {result['commit']}, {where}, {result['target']}"
+    text_by = f", {result['text_by']}" if "text_by" in result else ""
+    return f"{result['date']}, commit {result['commit']}, {where}, {result['target']}{text_by}"
 
 
 def _by_bits(result: Mapping) -> list[Mapping]:

@@ -77,8 +77,8 @@ def _keys(folder: Path, name: str) -> Task:
         pairs = ",\n ".join(f'"{key}": "{value}"' for key, value in record["ordered_kv_records"])
         prompt = _KEYS_PROMPT.format(data="{" + pairs + "}", key=record["key"])
         questions.append(Question(prompt, record["value"]))
-    # A UUID is 25 to 30 tokens where digits are tokens of their own, and chat models put words before it.
-    return Task(name, "key-value retrieval (Lost in the Middle)", questions, 64, _contains)
+    # Chat models repeat the question first: two UUIDs, each of 25 to 36 tokens where digits are tokens of their own.
+    return Task(name, "key-value retrieval (Lost in the Middle)", questions, 160, _contains)
 
 
 def _passkey(folder: Path, name: str) -> Task:

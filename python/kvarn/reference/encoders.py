@@ -35,29 +35,38 @@ def encode(k: np.ndarray, v: np.ndarray, k_bits: int, v_bits: int, encoder: str)
 
 
 def weighted(k, v, k_bits, v_bits):
-    tokens, head_dim = k.shape[1:]
-    nk, nv = total(k * k, -1), total(v * v, -1)
-    rk = (total(nk, 1) / tokens) / np.maximum(nk, TINY)
-    rv = (total(nv, 1) / tokens) / np.maximum(nv, TINY)
-    wk = np.minimum(np.maximum(rv * rk, 1), 4096)
+    k_grid = fit_keys(k, v, k_bits, NARROWING[2]) if k_bits == 2 else _token_norm_grid(k, k_bits)
+    return k_grid, fit_values(v, v_bits)
+
+
+def fit_keys(k, v, bits, narrowing, rounds=2):
+    """FIT of K, from the range of each channel times `narrowing`."""
+    wk = np.minimum(np.maximum(_rarity(v) * _rarity(k), 1), 4096).swapaxes(1, 2)
+    m = k.swapaxes(1, 2)
+    return _fit(m, _token_norm(k), bits, narrowing, rounds, lambda c: wk, np.ones_like(m[:, :, :1]), debias=False)
+
+
+def fit_values(v, bits):
+    """FIT of V."""
+    rv = _rarity(v)
     wv = np.minimum(rv * rv * rv, 131072)
-    m, c = k.swapaxes(1, 2), _token_norm(nk, head_dim).swapaxes(1, 2)
-    if k_bits == 2:
-        k_grid = _fit(m, c, k_bits, lambda c: wk.swapaxes(1, 2), np.ones_like(m[:, :, :1]), debias=False)
-    else:
-        k_grid = _token_norm_grid(m, c, k_bits)
-    v_grid = _fit(v, np.ones_like(v[:, :1]), v_bits, lambda c: c * c, wv, debias=True)
-    return k_grid, v_grid
+    return _fit(v, np.ones_like(v[:, :1]), bits, NARROWING[bits], 2, lambda c: c * c, wv, debias=True)
 
 
-def _token_norm(nk, head_dim):
-    """c of the token norm, [tiles][G][1]: the norms over the power of two nearest their geometric mean."""
-    norm = np.sqrt(nk / head_dim)
+def _rarity(x):
+    """rk or rv, [tiles][G][1]: the mean squared norm of the tile's tokens over the token's own."""
+    squared = total(x * x, -1)
+    return (total(squared, 1) / x.shape[1]) / np.maximum(squared, TINY)
+
+
+def _token_norm(k):
+    """c of the token norm, [tiles][1][G]: the norms over the power of two nearest their geometric mean."""
+    norm = np.sqrt(total(k * k, -1) / k.shape[-1])
     exponent = np.where(norm == 0, -24, np.maximum(np.frexp(norm)[1] - 1, -24)).astype(np.int64)
     tokens = norm.shape[1]
     middle = (2 * exponent.sum(1, keepdims=True) + tokens) // (2 * tokens)
     scaled = norm * np.ldexp(np.float32(1), -middle.astype(np.int32))
-    return f16(np.minimum(np.maximum(scaled, np.float32(2.0**-8)), np.float32(2.0**8)))
+    return f16(np.minimum(np.maximum(scaled, np.float32(2.0**-8)), np.float32(2.0**8))).swapaxes(1, 2)
 
 
 def _codes(x, s, z, qmax):
@@ -65,10 +74,10 @@ def _codes(x, s, z, qmax):
     return np.rint(np.minimum(np.maximum((x - z) * inverse, 0), qmax))
 
 
-def _token_norm_grid(m, c, bits):
+def _token_norm_grid(k, bits):
     """NM: plain minimum and maximum per row, after the token norm."""
-    qmax = 2**bits - 1
-    x = m * (1 / c)
+    qmax, c = 2**bits - 1, _token_norm(k)
+    x = k.swapaxes(1, 2) * (1 / c)
     lo, hi = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
     s, z = f16((hi - lo) / qmax), f16(lo)
     return Grid(_codes(x, s, z, qmax).astype(np.uint8), s, z, c)
@@ -92,19 +101,19 @@ def _error(x, s, z, W, qmax):
     return total(W * r * r, -1)
 
 
-def _fit(m, c, bits, weight, U, debias):
+def _fit(m, c, bits, narrowing, rounds, weight, U, debias):
     """FIT: alternating weighted least squares of rows and columns. weight(c) gives W; U weighs rows for the columns."""
     qmax = 2**bits - 1
     x, W = m * (1 / c), weight(c)
 
     lo, hi = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-    f, w = np.float32(NARROWING[bits]), hi - lo
+    f, w = np.float32(narrowing), hi - lo
     s, z = f * w / qmax, (lo + hi) * np.float32(0.5) - f * w * np.float32(0.5)
     solved = _solve(x, s, z, W, qmax)
     better = _error(x, *solved, W, qmax) < _error(x, s, z, W, qmax)
     s, z = np.where(better, solved[0], s), np.where(better, solved[1], z)
 
-    for _ in range(2):
+    for _ in range(rounds):
         y = _codes(x, s, z, qmax) * s + z
         refit = total(U * m * y, -2) / total(U * y * y, -2)
         c = np.where((np.float32(0.25) * c < refit) & (refit < 4 * c), f16(refit), c)
