@@ -44,8 +44,8 @@ __device__ inline void amend(const AttendParameters& p, const QueryColumn& colum
   if (item.flags & kItemEdge) hide<S>(column, item, y, token);
 }
 
-// Those of a packed tile, which seldom change. Not inlined, and in memory of its own, so that it neither lies in the
-// middle of the code that every tile needs nor keeps other scores out of registers.
+// Those of a packed tile, which seldom change. Not inlined, so that it does not lie in the middle of the code that every
+// tile needs; by value, so that scores stay in registers.
 template <class S>
 struct PackedScores {
   float y[S::page_tokens / 16][2];

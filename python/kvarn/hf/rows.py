@@ -50,12 +50,12 @@ class Step:
         """On CUDA the plan of this step, shared by layers that are alike; None on the CPU."""
         if device.type != "cuda":
             return None
-        kind = layout, query_heads
-        if self._on.get((device, "planned")) != kind:  # one at a time: they share the workspace
-            self._on[device, "planned"], self._on[device, "plan"] = kind, kvarn.plan(
+        plan = self._on.get((device, "plan"))
+        if plan is None or (plan.layout, plan.query_heads) != (layout, query_heads):  # one: they share the workspace
+            plan = self._on[device, "plan"] = kvarn.plan(
                 layout, *self.tables(device), tokens=self.tokens, query_heads=query_heads, max_query_len=self._longest
-            )  # fmt: skip
-        return self._on[device, "plan"]
+            )
+        return plan
 
     def tokens_of(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, heads, columns, head_dim] -> [tokens, heads, head_dim], padding left out."""

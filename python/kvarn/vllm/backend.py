@@ -5,7 +5,6 @@ cpu   attention of a layer on the CPU
 gpu   on NVIDIA GPUs: plans, CUDA graphs, prompts on FlashAttention
 """
 
-import sys
 from typing import ClassVar
 
 import torch
@@ -149,7 +148,7 @@ class KvarnLayer(AttentionImpl):
         """Another preset than the one that this layer was built for, before it has a cache. Returns its backend."""
         self.layout = kvarn.Layout(preset, head_dim=self.head_size, kv_heads=self.num_kv_heads)
         self.kv_cache_dtype = preset
-        return getattr(sys.modules[__name__], f"Backend_{preset}")
+        return __getattr__(f"Backend_{preset}")
 
     def pages_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """uint8 [pages, page_bytes] of vLLM's view of the layer's cache (KvarnBackend.get_kv_cache_shape)."""

@@ -6,17 +6,15 @@ and hold as many tokens ahead; each has pages of its own size.
 """
 
 import json
-import os
 
 from . import PRESETS
-from .refuse import Refused, page_tokens
+from .refuse import Refused, option_of, page_tokens
 
 
 def asked(config, preset: str) -> dict[int, str]:
     """What a VllmConfig asks for, by layer number, beside `preset`: additional_config["kvarn_layers"], else the JSON in
     $KVARN_LAYERS. Raises Refused where it makes no sense."""
-    additional = config.additional_config if isinstance(config.additional_config, dict) else {}
-    given = additional.get("kvarn_layers") or os.environ.get("KVARN_LAYERS") or {}
+    given = option_of(config, "kvarn_layers") or {}
     try:
         given = json.loads(given) if isinstance(given, str) else given
         pairs = [(number, name) for numbers, name in given.items() for number in _numbers(numbers)]

@@ -77,9 +77,14 @@ def prompts_of(config) -> str:
     return _choice(config, "kvarn_prompts", PROMPTS)
 
 
-def _choice(config, option: str, allowed: tuple[str, ...]) -> str:
+def option_of(config, option: str):
+    """What a user says: additional_config[option] of a VllmConfig, else the environment variable; None: nothing."""
     additional = config.additional_config if isinstance(config.additional_config, dict) else {}
-    name = additional.get(option) or os.environ.get(option.upper()) or allowed[0]
+    return additional.get(option) or os.environ.get(option.upper())
+
+
+def _choice(config, option: str, allowed: tuple[str, ...]) -> str:
+    name = option_of(config, option) or allowed[0]
     if name not in allowed:
         raise Refused(f"unknown {option.replace('_', ' ')} {name!r}; allowed are {' and '.join(allowed)}")
     return name
