@@ -77,7 +77,7 @@ class Collector {
       for (int j = 0; j < kQuads; ++j) {
         FullState<S::head_dim> earlier;
         load_state(earlier, room_.state(quad_ + j, at).slices, lane_);
-        fold_behind(earlier, state[j]);
+        fold(earlier, state[j], state[j]);
       }
     }
     has_.count = at;
@@ -88,7 +88,8 @@ class Collector {
     if (rank == kRankBegins && item.next == kRankEnds) {
 #pragma unroll 1
       for (int j = 0; j < kQuads; ++j)
-        finish<S>(p_, Target::of(p_.plan.blocks[item.block]), item.head, rank_ + j, room_.state(quad_ + j, at), lane_);
+        finish_quad<S>(p_, Target::of(p_.plan.blocks[item.block]), item.head, rank_ + j,
+                       room_.state(quad_ + j, at), lane_);
       if (has_.first_segment < 0) has_.first_segment = 0;
       return;
     }

@@ -57,6 +57,8 @@ struct Left {
   int32_t steps, all_steps, first_cta, last_cta;  // steps 0: the CTA has it to itself
   int32_t end;                                    // 0: begun by an earlier CTA, 1: only begun by this one
   bool merges;                                    // this CTA does it: the others have arrived
+  uint8_t* whole;                                 // the result, of one that the CTA has to itself
+  uint8_t parts[32];                              // that the first CTAs of those that share it leave of it
 };
 
 struct Room {
