@@ -50,7 +50,7 @@ class Merge {
   __device__ void finish_columns(const Left& left, Stored* totals, int& column) const {
 #pragma unroll 1
     for (; column < left.target.columns; column += kWarps)
-      finish_column<S>(p_, left.target, left.head, column, totals[column / kQuadColumns], lane_);
+      finish_column<S>(room_->parameters, left.target, left.head, column, totals[column / kQuadColumns], lane_);
     column -= left.target.columns;
   }
   // What the lists were left with of a segment; to where the first of it was, if that is all, or to where it waits for
