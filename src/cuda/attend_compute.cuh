@@ -77,7 +77,7 @@ class Collector {
       for (int j = 0; j < kQuads; ++j) {
         FullState<S::head_dim> earlier;
         load_state(earlier, room_.state(quad_ + j, at).slices, lane_);
-        fold_behind(earlier, state[j]);
+        fold(earlier, state[j], state[j]);
       }
     }
     has_.count = at;
@@ -88,7 +88,8 @@ class Collector {
     if (rank == kRankBegins && item.next == kRankEnds) {
 #pragma unroll 1
       for (int j = 0; j < kQuads; ++j)
-        finish<S>(p_, Target::of(p_.plan.blocks[item.block]), item.head, rank_ + j, room_.state(quad_ + j, at), lane_);
+        finish_quad<S>(room_->parameters, Target::of(p_.plan.blocks[item.block]), item.head, rank_ + j,
+                       room_.state(quad_ + j, at), lane_);
       if (has_.first_segment < 0) has_.first_segment = 0;
       return;
     }
@@ -127,7 +128,7 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
   let_next_start();
   // A warp whose quads have no columns of the block only keeps pace.
   bool idle = kQuadColumns * rank >= first.columns;
-  if (list.steps() > 0) prepare_queries<S, kQuads>(p, room, first, list.begin.head, rank, quad, lane);
+  if (list.steps() > 0) prepare_queries<S, kQuads>(room.apart(), first, list.begin.head, rank, quad, lane);
   const int steps = list.steps(), key_base = team * p.in.key_depth, value_base = team * p.in.value_depth;
   const float* queries = room.queries(quad);
   const QueryColumn* columns = room->columns[quad];
@@ -145,7 +146,7 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
       block = item.block, head = item.head;
       const Target target = Target::of(p.plan.blocks[block]);
       idle = kQuadColumns * rank >= target.columns;
-      prepare_queries<S, kQuads>(p, room, target, head, rank, quad, lane);
+      prepare_queries<S, kQuads>(room.apart(), target, head, rank, quad, lane);
     }
     if (item.flags & kItemFirst) {
 #pragma unroll
@@ -162,7 +163,7 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
         for (int j = 0; j < kQuads; ++j) {
           PackedScores<S> scores;
           memcpy(&scores, y[j], sizeof scores);
-          scores = amended<S>(p, columns[kQuadColumns * j + (lane & 3)], item, lane, scores);
+          scores = amended<S>(room->parameters, columns[kQuadColumns * j + (lane & 3)], item, lane, scores);
           memcpy(y[j], &scores, sizeof scores);
         }
       }

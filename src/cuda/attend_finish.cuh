@@ -53,31 +53,46 @@ __device__ inline uint32_t pack_bfloats(float low, float high) {
   return bits;
 }
 
-// A segment's result, all of it in `total`, to the rows of the columns of a team's quad `rank`. Not inlined: code that
-// is rarely used must not lie between code that is used all the time.
-template <class S>
-__device__ __noinline__ void finish(const AttendParameters& p, Target b, int head, int rank,
-                                    const StoredState<S::head_dim>& total, int lane) {
-  const int g = lane >> 2, i = lane & 3, local = kQuadColumns * rank + i;
-  if (kQuadColumns * rank >= b.columns) return;
-  const int column = b.first_column + min(local, b.columns - 1);
-  const int row = b.row + column / p.group, query_head = head * p.group + column % p.group;
-  FullState<S::head_dim> state;
-  load_state(state, total.slices, lane);
-  float(&x)[S::head_dim / 8] = state.out;
-  float a = 1, l = state.l;
-  if (p.sinks != nullptr) {  // one more logit in the sum
+// What a column's sums are multiplied by: one over the sum of its weights, to which a sink adds one more logit.
+__device__ inline float inverse_sum(const AttendParameters& p, float m, float l, int query_head) {
+  float a = 1;
+  if (p.sinks != nullptr) {
     const float sink = p.sinks[query_head] * 1.44269504f, unit = fmaxf(ceilf(sink), kEmpty);
-    const FoldFactors f = fold_factors(state.m, unit);
+    const FoldFactors f = fold_factors(m, unit);
     a = f.a;
     l = fold_value(l, exp2_fast(sink - unit), f);
   }
-  const float inverse = a / l;
+  return a / l;
+}
+
+// Where column `local` of a block goes: its row of the output, and query head.
+struct Place {
+  int row, query_head;
+  __device__ Place(const AttendParameters& p, const Target& b, int head, int local)
+      : row(b.row + (b.first_column + local) / p.group),
+        query_head(head * p.group + (b.first_column + local) % p.group) {}
+  __device__ int64_t in(const kvarn_rows_out& out) const {
+    return row * out.token_stride + query_head * out.head_stride;
+  }
+};
+
+// A segment's result, all of it in `total`, to the rows of the columns of a team's quad `rank`, by the one warp that
+// has it. Not inlined: code that is rarely used must not lie between code that is used all the time.
+template <class S>
+__device__ __noinline__ void finish_quad(const AttendParameters& p, Target b, int head, int rank,
+                                         const StoredState<S::head_dim>& total, int lane) {
+  const int g = lane >> 2, i = lane & 3, local = kQuadColumns * rank + i;
+  if (kQuadColumns * rank >= b.columns) return;
+  const Place place(p, b, head, min(local, b.columns - 1));
+  FullState<S::head_dim> state;
+  load_state(state, total.slices, lane);
+  float(&x)[S::head_dim / 8] = state.out;
+  const float inverse = inverse_sum(p, state.m, state.l, place.query_head);
 #pragma unroll
   for (float& y : x) y *= inverse;
   rotate_column<S::head_dim>(x, lane);
   if (local >= b.columns) return;
-  const int64_t start = row * p.out.token_stride + query_head * p.out.head_stride + 2 * g;
+  const int64_t start = place.in(p.out) + 2 * g;
 #pragma unroll
   for (int t = 0; t < S::head_dim / 16; ++t) {
     const float low = x[2 * t], high = x[2 * t + 1];
@@ -91,6 +106,24 @@ __device__ __noinline__ void finish(const AttendParameters& p, Target b, int hea
       out[0] = static_cast<uint16_t>(bits), out[1] = static_cast<uint16_t>(bits >> 16);
     }
   }
+}
+
+// The same bits for one column, where warps share what everybody waits for.
+template <class S>
+__device__ __noinline__ void finish_column(const AttendParameters& p, Target b, int head, int local,
+                                           StoredState<S::head_dim>& total, int lane) {
+  const int i = local % kQuadColumns;
+  const Place place(p, b, head, local);
+  float x[1][S::head_dim / 32];
+#pragma unroll
+  for (int k = 0; k < S::head_dim / 32; ++k) x[0][k] = total.at(32 * k + lane, i);
+  const float inverse = inverse_sum(p, total.slices[0].m[i], total.slices[0].l[i], place.query_head);
+#pragma unroll
+  for (float& y : x[0]) y *= inverse;
+  rotate_over_warp<S::head_dim>(x, lane);
+  const int64_t to = place.in(p.out) + lane;
+#pragma unroll
+  for (int k = 0; k < S::head_dim / 32; ++k) store_element(x[0][k], p.out.data, p.out.dtype, to + 32 * k);
 }
 
 }  // namespace kvarn::cuda

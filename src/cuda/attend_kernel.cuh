@@ -12,6 +12,11 @@
 namespace kvarn::cuda {
 
 __device__ inline void begin_room(const AttendParameters& p, Room& room, int thread) {
+  constexpr int kWords = sizeof p / 4;
+  static_assert(sizeof p % 4 == 0 && kWords <= 32 * kWarps);
+  if (thread < kWords)
+    reinterpret_cast<uint32_t*>(&room.parameters)[thread] = reinterpret_cast<const uint32_t*>(&p)[thread];
+  __syncthreads();  // racecheck reports the inits below as writes of the same addresses
   const auto lanes = static_cast<uint32_t>(32 * p.in.team_warps);
   if (thread < p.in.teams * p.in.key_depth)
     init_barrier(&room.keys_full[thread], kCopyArrivals), init_barrier(&room.keys_empty[thread], lanes);

@@ -6,6 +6,15 @@
 
 namespace kvarn::cuda {
 
+// How many partial results a CTA leaves of a segment.
+__device__ inline int parts_of(const AttendParameters& p, const Left& left, const BlockPlan& b, int cta) {
+  const Share share = share_of(p, cta * p.in.teams, p.in.teams);
+  const auto step_of = [&](const Cut& c, int other) {
+    return c.block == left.block && c.head == left.head ? c.step : other;
+  };
+  return share.steps() == 0 ? 0 : remains(b, step_of(share.begin, 0), step_of(share.end, b.steps));
+}
+
 // Fills room.left. By one warp, before the end.
 __device__ inline void find_left(const AttendParameters& p, Room& room, int lane) {
   const int cta = static_cast<int>(blockIdx.x), ctas = static_cast<int>(gridDim.x), teams = p.in.teams;
@@ -36,7 +45,9 @@ __device__ inline void find_left(const AttendParameters& p, Room& room, int lane
             cta,
             cta,
             head ? 0 : 1,
-            false};
+            false,
+            nullptr,
+            {}};
     if (head || tail) left.steps = (tail ? end.step : b.steps) - (head ? begin.step : 0);
   }
   __syncwarp();
@@ -70,6 +81,8 @@ __device__ inline void find_left(const AttendParameters& p, Room& room, int lane
       last += beyond != 0 ? __ffs(static_cast<int>(beyond)) - 1 : 32;
     }
     if (lane == 0) left.first_cta = first, left.last_cta = last;
+    left.parts[lane] =
+        first + lane > last ? 0 : static_cast<uint8_t>(parts_of(p, left, p.plan.blocks[left.block], first + lane));
     __syncwarp();
   }
 }

@@ -8,29 +8,6 @@
 
 namespace kvarn::cuda {
 
-// How many parts a CTA left of the segment it did not begin, and of the one it only began.
-struct alignas(8) PartCounts {
-  int32_t head, tail;
-};
-
-// A CTA's stretch of the workspace: PartCounts and ranks in the first place, then the parts, a state of each quad of a
-// team: those of the head from the first one on, those of the tail from the last one back.
-template <class S>
-struct Parts {
-  using Stored = StoredState<S::head_dim>;
-  static constexpr int64_t kBytes = part_bytes(S::head_dim);
-  static_assert(kMaxTeamQuads * sizeof(Stored) <= kBytes && sizeof(PartCounts) + 4 * kMaxStates <= kBytes);
-
-  uint8_t* base;
-  int most;
-  __device__ Parts(const AttendParameters& p, int cta)
-      : base(p.plan.parts + cta * (p.max_parts + int64_t{1}) * kBytes), most(p.max_parts) {}
-  __device__ PartCounts& counts() const { return *reinterpret_cast<PartCounts*>(base); }
-  __device__ int32_t& ranks(int index) const { return reinterpret_cast<int32_t*>(base + sizeof(PartCounts))[index]; }
-  __device__ Stored* part(int index) const { return reinterpret_cast<Stored*>(base + (index + 1) * kBytes); }
-  __device__ int place(int index, bool tail) const { return tail ? most - 1 - index : index; }
-};
-
 template <class S>
 class Merge {
  public:
@@ -45,13 +22,11 @@ class Merge {
     for_slices(count, [&](int i, int rank, int slice) { fold_lists(room_->left[i], rank, slice); });
     __syncthreads();
     if (warp_ < count && lane_ == 0 && room_->left[warp_].steps > 0) arrive_at(room_->left[warp_]);
+    int column = warp_;
 #pragma unroll 1
-    for (int i = warp_; i < count * p_.in.team_quads(); i += kWarps) {
-      const Left& left = room_->left[i / p_.in.team_quads()];
-      if (left.steps > 0) continue;
-      const int rank = i % p_.in.team_quads();
-      finish_at(left, rank, *reinterpret_cast<const Stored*>(first_piece(left)->at + rank * sizeof(Stored)));
-    }
+    for (int i = 0; i < count; ++i)
+      if (room_->left[i].steps == 0)
+        finish_columns(room_->left[i], reinterpret_cast<Stored*>(room_->left[i].whole), column);
     __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < count; ++i)
@@ -60,45 +35,42 @@ class Merge {
 
  private:
   static constexpr int kSlices = S::head_dim / 32;
+  static_assert(kMaxTeamQuads * kSlices * sizeof(PartSlice) == part_bytes(S::head_dim));
 
   template <class Body>
   __device__ void for_slices(int segments, Body body) {
-    const int team_quads = p_.in.team_quads(), tasks = segments * team_quads * kSlices;
+    const int each = p_.in.team_quads() * kSlices;
+    int task = warp_;
 #pragma unroll 1
-    for (int task = warp_; task < tasks; task += kWarps)
-      body(task / kSlices / team_quads, task / kSlices % team_quads, task % kSlices);
+    for (int i = 0; i < segments; ++i, task -= each)
+#pragma unroll 1
+      for (; task < each; task += kWarps) body(i, task / kSlices, task % kSlices);
   }
-  __device__ void finish_at(const Left& left, int rank, const Stored& total) const {
-    finish<S>(p_, left.target, left.head, rank, total, lane_);
+  // Of the states of a segment's quads. A warp has every kWarps-th column, of all segments that are finished at a time.
+  __device__ void finish_columns(const Left& left, Stored* totals, int& column) const {
+#pragma unroll 1
+    for (; column < left.target.columns; column += kWarps)
+      finish_column<S>(room_->parameters, left.target, left.head, column, totals[column / kQuadColumns], lane_);
+    column -= left.target.columns;
   }
-  // The first of a list's pieces of a segment, and the one behind its last.
-  __device__ const Piece* begin_of(const Left& left, int list) const {
-    const int warp = list * p_.in.team_warps;
-    return room_->pieces[warp] + (left.begins && list == left.first ? room_->counts[warp].last_segment : 0);
-  }
-  __device__ const Piece* end_of(const Left& left, int list) const {
-    const int warp = list * p_.in.team_warps;
-    return room_->pieces[warp] +
-           (left.ends && list == left.last ? room_->counts[warp].first_segment : room_->counts[warp].count);
-  }
-  __device__ const Piece* first_piece(const Left& left) const {
-    int list = left.first;
-    while (begin_of(left, list) == end_of(left, list)) ++list;
-    return begin_of(left, list);
-  }
-
-  // What the lists were left with of a segment; to where it is finished (its first state) or waits for other CTAs'
-  // parts.
-  __device__ void fold_lists(const Left& left, int rank, int slice) {
+  // What the lists were left with of a segment; to where the first of it was, if that is all, or to where it waits for
+  // other CTAs' parts.
+  __device__ void fold_lists(Left& left, int rank, int slice) {
     SliceFold fold(end_.waiting[warp_], lane_);
     const int offset = rank * static_cast<int>(sizeof(Stored)) + slice * static_cast<int>(sizeof(Slice));
-    const bool tells = slice == 0 && rank == 0 && lane_ == 0;
-    Slice* whole = reinterpret_cast<Slice*>(first_piece(left)->at + offset);
+    // A lane has a list: where its pieces of the segment begin, and how many they are.
+    const int list = left.first + lane_, lists = left.last - left.first + 1;
+    int begin = 0, count = 0;
+    if (lane_ < lists) {
+      const Pieces all = room_->counts[list * p_.in.team_warps];
+      if (left.begins && lane_ == 0) begin = all.last_segment;
+      count = (left.ends && list == left.last ? all.first_segment : all.count) - begin;
+    }
 #pragma unroll 1
-    for (int list = left.first; list <= left.last; ++list) {
-      const Piece* end = end_of(left, list);
+    for (int i = 0; i < lists; ++i) {
+      const Piece* next = room_->pieces[(left.first + i) * p_.in.team_warps] + __shfl_sync(~0u, begin, i);
 #pragma unroll 1
-      for (const Piece* next = begin_of(left, list); next != end; ++next) {
+      for (int left_of_it = __shfl_sync(~0u, count, i); left_of_it > 0; --left_of_it, ++next) {
         const Piece piece = *next;
         Slice* at = reinterpret_cast<Slice*>(piece.at + offset);
         State<1> state;
@@ -106,14 +78,18 @@ class Merge {
         fold.take(state, at, piece.rank, piece.next);
       }
     }
-    const Parts<S> parts(p_, static_cast<int>(blockIdx.x));
     __syncwarp();
-    const int count = fold.leave([&](int i, const State<1>& state, int before, int next) {
-      const int place = parts.place(i, left.end == 1);
-      store_state(state, left.steps == 0 ? whole : parts.part(place)[rank].slices + slice, lane_);
-      if (tells && left.steps > 0) parts.ranks(place) = before << 8 | (next & 255);
+    if (left.steps == 0) {
+      Slice* whole = fold.at();
+      fold.leave([&](int, const State<1>& state, int, int) { store_state(state, whole, lane_); });
+      if (rank == 0 && slice == 0 && lane_ == 0) left.whole = reinterpret_cast<uint8_t*>(whole);
+      return;
+    }
+    fold.leave([&](int i, const State<1>& state, int before, int next) {
+      PartSlice* to = part(static_cast<int>(blockIdx.x), i, left.end == 1, rank, slice);
+      store_state(state, &to->slice, lane_);
+      if (lane_ == 0) to->ranks = make_int4(before, next, 0, 0);
     });
-    if (tells && left.steps > 0) (left.end == 0 ? parts.counts().head : parts.counts().tail) = count;
   }
 
   // Makes this CTA's parts of a segment known, by one thread.
@@ -124,34 +100,38 @@ class Merge {
     if (left.merges) *counter = 0;
   }
 
+  // A slice of a CTA's parts: of the segment that it did not begin those from the first place on, of the one that it
+  // only began those from the last place back.
+  __device__ PartSlice* part(int cta, int index, bool tail, int rank, int slice) const {
+    const int64_t place = int64_t{cta} * p_.max_parts + (tail ? p_.max_parts - 1 - index : index);
+    return reinterpret_cast<PartSlice*>(p_.plan.parts + place * part_bytes(S::head_dim)) + rank * kSlices + slice;
+  }
+
   // By the whole CTA, where states and slots were: a warp has a slice, and room for that of the parts. The results lie
   // where queries were.
   __device__ void merge(const Left& left) {
-    for_slices(1, [&](int, int rank, int slice) { merge_slice(left, rank, slice); });
+    Stored* merged = reinterpret_cast<Stored*>(room_.queries(0));
+    for_slices(1, [&](int, int rank, int slice) { merge_slice(left, rank, slice, &merged[rank].slices[slice]); });
     __syncthreads();
-    if (warp_ < p_.in.team_quads()) finish_at(left, warp_, merged(warp_));
+    int column = warp_;
+    finish_columns(left, merged, column);
     __syncthreads();
   }
-  __device__ Stored& merged(int rank) const { return reinterpret_cast<Stored*>(room_.queries(0))[rank]; }
 
-  __device__ void merge_slice(const Left& left, int rank, int slice) {
-    const int bytes = (p_.in.ending_at - p_.in.states_at) / kWarps, most = bytes / static_cast<int>(sizeof(Slice) + 16);
-    Slice* copies = reinterpret_cast<Slice*>(room_.base + p_.in.states_at) + warp_ * most;
-    int32_t* codes =
-        reinterpret_cast<int32_t*>(reinterpret_cast<Slice*>(room_.base + p_.in.states_at) + kWarps * most) +
-        warp_ * most;
+  __device__ void merge_slice(const Left& left, int rank, int slice, Slice* merged) {
+    const int most = (p_.in.ending_at - p_.in.states_at) / static_cast<int>(kWarps * sizeof(PartSlice));
+    PartSlice* copies = reinterpret_cast<PartSlice*>(room_.base + p_.in.states_at) + warp_ * most;
     SliceFold fold(end_.waiting[warp_], lane_);
     int before = 0;  // parts of the CTAs before
 #pragma unroll 1
     for (int base = left.first_cta; base <= left.last_cta; base += 32) {
-      // A lane has a CTA. Loads that do not need each other are in flight together.
-      const int cta = min(base + lane_, left.last_cta);
-      const bool tail = cta == left.first_cta;
-      const Parts<S> parts(p_, cta);
-      const int first_code = __ldcg(&parts.ranks(parts.place(0, tail)));
-      const int written = __ldcg(tail ? &parts.counts().tail : &parts.counts().head);
-      const bool inside = base + lane_ <= left.last_cta && share_of(p_, cta * p_.in.teams, p_.in.teams).steps() > 0;
-      const int count = inside ? written : 0;
+      // A lane has a CTA.
+      const int cta = base + lane_;
+      int count = 0;
+      if (base == left.first_cta)
+        count = left.parts[lane_];
+      else if (cta <= left.last_cta)
+        count = parts_of(p_, left, p_.plan.blocks[left.block], cta);
       int until = count;  // inclusive scan
 #pragma unroll 1
       for (int o = 1; o < 32; o *= 2) {
@@ -159,51 +139,43 @@ class Merge {
         if (lane_ >= o) until += other;
       }
       const int all = __shfl_sync(~0u, until, 31);
-      const auto part = [&](int i) { return parts.part(parts.place(i, tail))[rank].slices + slice; };
-      const auto code = [&](int i) { return i == 0 ? first_code : __ldcg(&parts.ranks(parts.place(i, tail))); };
+      const auto its = [&](int i) { return part(cta, i, cta == left.first_cta, rank, slice); };
       const int fit = max(0, min(all, most - before));
       const int first = until - count, mine = max(0, min(count, fit - first));
       begin_slices(mine);
 #pragma unroll 1
-      for (int i = 0; i < mine; ++i) {
-        copy_slice(copies + before + first + i, part(i));
-        codes[before + first + i] = code(i);
-      }
+      for (int i = 0; i < mine; ++i) copy_slice(copies + before + first + i, its(i));
       wait_for_slices();
 #pragma unroll 1
-      for (int i = before; i < before + fit; ++i) {
-        State<1> state;
-        load_state(state, copies + i, lane_);
-        fold.take(state, copies + i, codes[i] >> 8, static_cast<int8_t>(codes[i] & 255));
-      }
+      for (int i = before; i < before + fit; ++i) take(fold, copies + i);
       // What there is no room for is folded where it is.
 #pragma unroll 1
       for (int i = fit; i < all; ++i) {
-        const int owner = __ffs(static_cast<int>(__ballot_sync(~0u, until > i))) - 1, index = i - first;
-        const uint64_t address = lane_ == owner ? reinterpret_cast<uint64_t>(part(index)) : 0;
-        const int its = lane_ == owner ? code(index) : 0;
-        Slice* from = reinterpret_cast<Slice*>(__shfl_sync(~0u, address, owner));
-        const int ranks = __shfl_sync(~0u, its, owner);
-        State<1> state;
-        load_state(state, from, lane_);
-        fold.take(state, from, ranks >> 8, static_cast<int8_t>(ranks & 255));
+        const int owner = __ffs(static_cast<int>(__ballot_sync(~0u, until > i))) - 1;
+        const uint64_t address = lane_ == owner ? reinterpret_cast<uint64_t>(its(i - first)) : 0;
+        take(fold, reinterpret_cast<PartSlice*>(__shfl_sync(~0u, address, owner)));
       }
       before += fit;
     }
-    fold.leave([&](int, const State<1>& state, int, int) { store_state(state, merged(rank).slices + slice, lane_); });
+    fold.leave([&](int, const State<1>& state, int, int) { store_state(state, merged, lane_); });
+  }
+  __device__ void take(SliceFold& fold, PartSlice* part) const {
+    State<1> state;
+    load_state(state, &part->slice, lane_);
+    fold.take(state, &part->slice, part->ranks.x, part->ranks.y);
   }
   // A lane's copies of whole slices, and the warp's wait for those of all lanes.
   __device__ void begin_slices(int count) {
 #if __CUDA_ARCH__ >= 900
     order_before_copies();
-    expect_bytes(&room_->parts_full[warp_], static_cast<uint32_t>(count * sizeof(Slice)), 1);
+    expect_bytes(&room_->parts_full[warp_], static_cast<uint32_t>(count * sizeof(PartSlice)), 1);
 #endif
   }
-  __device__ void copy_slice(Slice* to, const Slice* from) {
+  __device__ void copy_slice(PartSlice* to, const PartSlice* from) {
 #if __CUDA_ARCH__ >= 900
-    copy_stretch(to, from, sizeof(Slice), &room_->parts_full[warp_], lane_, once_);
+    copy_stretch(to, from, sizeof(PartSlice), &room_->parts_full[warp_], lane_, once_);
 #else
-    for (uint32_t i = 0; i < sizeof(Slice); i += 16)
+    for (uint32_t i = 0; i < sizeof(PartSlice); i += 16)
       copy_chunk(reinterpret_cast<uint8_t*>(to) + i, reinterpret_cast<const uint8_t*>(from) + i);
 #endif
   }

@@ -37,4 +37,37 @@ __device__ inline int rank_of(const BlockPlan& b, int step) {
   return piece_rank(inside, inside / kPieceTiles);
 }
 
+// The nearest boundary behind a step, or before it, of a higher rank than the one before the step: what bits of a
+// number tell, as in a Fenwick tree.
+struct Stretch {
+  int begin, end, number;  // of steps that are numbered in one row: packed tiles, or an own tile; the step's number
+};
+__device__ inline Stretch stretch_of(const BlockPlan& b, int step) {
+  const int packed = packed_steps(b), second = packed + b.own_steps;
+  if (step < packed) return {0, packed, b.first_tile + step};
+  return step < second ? Stretch{packed, second, step - packed} : Stretch{second, b.steps, step - second};
+}
+__device__ inline int higher_behind(const BlockPlan& b, int step) {
+  const Stretch s = stretch_of(b, step);
+  if (step == 0) return b.steps;
+  if (s.number == 0) return s.end;
+  return min(step + (s.number % kPieceTiles != 0 ? 1 : s.number & -s.number), s.end);
+}
+__device__ inline int higher_before(const BlockPlan& b, int step) {
+  const Stretch s = stretch_of(b, step);
+  if (step == b.steps || s.number == 0) return 0;
+  return max(step - (s.number % kPieceTiles != 0 ? s.number % kPieceTiles : s.number & -s.number), s.begin);
+}
+
+// How many partial results steps begin .. end-1 of a segment are left with, however they are computed: the boundaries
+// between those are the ones that are higher than all others on one side.
+__device__ inline int remains(const BlockPlan& b, int begin, int end) {
+  int count = 1, last = begin;
+#pragma unroll 1
+  for (int x = begin; (x = higher_behind(b, x)) < end; last = x) ++count;
+#pragma unroll 1
+  for (int x = end; (x = higher_before(b, x)) > last;) ++count;
+  return count;
+}
+
 }  // namespace kvarn::cuda

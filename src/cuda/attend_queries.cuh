@@ -73,8 +73,8 @@ __device__ inline void load_queries(const AttendParameters& p, const Target& b, 
 
 // For the kQuads quads of a warp, the first of which is `rank` of its team and `quad` of the CTA.
 template <class S, int kQuads>
-__device__ __noinline__ void prepare_queries(const AttendParameters& p, RoomOf<S> room, Target b, int head, int rank,
-                                             int quad, int lane) {
+__device__ __noinline__ void prepare_queries(RoomOf<S> room, Target b, int head, int rank, int quad, int lane) {
+  const AttendParameters& p = room.p;
   constexpr int kColumns = kQuadColumns * kQuads;
   const int first = kQuadColumns * rank;
   float x[kColumns][S::head_dim / 32], largest[kColumns] = {};

@@ -57,9 +57,12 @@ struct Left {
   int32_t steps, all_steps, first_cta, last_cta;  // steps 0: the CTA has it to itself
   int32_t end;                                    // 0: begun by an earlier CTA, 1: only begun by this one
   bool merges;                                    // this CTA does it: the others have arrived
+  uint8_t* whole;                                 // the result, of one that the CTA has to itself
+  uint8_t parts[32];                              // that the first CTAs of those that share it leave of it
 };
 
 struct Room {
+  AttendParameters parameters;  // for functions that are not inlined: the kernel's own take them 0.4 us a cache line
   Barrier keys_full[kMaxSlots], keys_empty[kMaxSlots], values_full[kMaxSlots], values_empty[kMaxSlots];
   Barrier parts_full[kWarps];
   Item items[kMaxSlots];  // of the K slots
@@ -102,6 +105,8 @@ struct RoomOf {
 
   const AttendParameters& p;
   uint8_t* base;
+  // The same, for a function that is not inlined.
+  __device__ RoomOf apart() const { return {(*this)->parameters, base}; }
   __device__ Room& operator*() const { return *reinterpret_cast<Room*>(base); }
   __device__ Room* operator->() const { return reinterpret_cast<Room*>(base); }
   __device__ float* queries(int quad) const {

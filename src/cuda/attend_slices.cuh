@@ -14,27 +14,28 @@ class SliceFold {
   __device__ SliceFold(Waiting* waiting, int lane) : waiting_(waiting), lane_(lane) {}
 
   // What was read from `at`, which may be overwritten; the ranks before and behind it.
-  __device__ void take(State<1> state, Slice* at, int rank, int next) {
-    if (has_top_) {
-      if (rank < next && rank_ > rank) {
-        fold_behind(top_, state);
-        rank = rank_, at = at_;
-      } else {
-        push();
-      }
+  __device__ void take(const State<1>& state, Slice* at, int rank, int next) {
+    next_ = next;
+    if (at_ != nullptr && rank < next && rank_ > rank) {
+      fold(top_, state, top_);
+    } else {
+      if (at_ != nullptr) push();
+      top_ = state, at_ = at, rank_ = rank;
     }
 #pragma unroll 1
-    while (depth_ > 0 && rank < next && below_.rank > rank) {
-      load_state(top_, below_.at, lane_);
-      fold_behind(top_, state);
-      rank = below_.rank, at = below_.at;
+    while (depth_ > 0 && rank_ < next && below_.rank > rank_) {
+      State<1> earlier;
+      load_state(earlier, below_.at, lane_);
+      fold(earlier, top_, top_);
+      rank_ = below_.rank, at_ = below_.at;
       if (--depth_ > 0) below_ = waiting_[depth_ - 1];
     }
-    top_ = state, at_ = at, rank_ = rank, next_ = next, has_top_ = true;
   }
-  // What is left, in order: write(index, state, rank, next). Returns how many.
+  // Where the first of what the topmost is made of was.
+  __device__ Slice* at() const { return at_; }
+  // What is left, in order: write(index, state, rank, next).
   template <class Write>
-  __device__ int leave(Write write) {
+  __device__ void leave(Write write) {
 #pragma unroll 1
     for (int i = 0; i < depth_; ++i) {
       State<1> state;
@@ -42,7 +43,6 @@ class SliceFold {
       write(i, state, waiting_[i].rank, i + 1 < depth_ ? waiting_[i + 1].rank : rank_);
     }
     write(depth_, top_, rank_, next_);
-    return depth_ + 1;
   }
 
  private:
@@ -59,7 +59,6 @@ class SliceFold {
   Slice* at_ = nullptr;
   Waiting below_{nullptr, 0};
   int lane_, rank_ = 0, next_ = 0, depth_ = 0;
-  bool has_top_ = false;
 };
 
 }  // namespace kvarn::cuda

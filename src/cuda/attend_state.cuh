@@ -53,6 +53,11 @@ struct Slice {
   float4 out[32];
   float m[kQuadColumns], l[kQuadColumns];
 };
+// A slice that waits for those of other CTAs, and the ranks before and behind it.
+struct alignas(16) PartSlice {
+  Slice slice;
+  int4 ranks;  // x, y
+};
 template <int kHeadDim>
 struct StoredState {
   Slice slices[kHeadDim / 32];
@@ -96,14 +101,14 @@ __device__ inline float fold_value(float earlier, float later, const FoldFactors
   return __fmaf_rn(later, f.b, __fmaf_rn(earlier, f.a, 0.0f));
 }
 
-// state = earlier followed by state.
+// to = earlier followed by later; `to` may be either.
 template <int kSlices>
-__device__ inline void fold_behind(const State<kSlices>& earlier, State<kSlices>& state) {
-  const FoldFactors f = fold_factors(earlier.m, state.m);
-  state.m = f.m;
-  state.l = fold_value(earlier.l, state.l, f);
+__device__ inline void fold(const State<kSlices>& earlier, const State<kSlices>& later, State<kSlices>& to) {
+  const FoldFactors f = fold_factors(earlier.m, later.m);
+  to.m = f.m;
+  to.l = fold_value(earlier.l, later.l, f);
 #pragma unroll
-  for (int i = 0; i < 4 * kSlices; ++i) state.out[i] = fold_value(earlier.out[i], state.out[i], f);
+  for (int i = 0; i < 4 * kSlices; ++i) to.out[i] = fold_value(earlier.out[i], later.out[i], f);
 }
 
 }  // namespace kvarn::cuda

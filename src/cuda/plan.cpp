@@ -25,7 +25,7 @@ WorkspaceMap WorkspaceMap::make(const kvarn_layout& layout, const kvarn_cuda_lim
   map.blocks = take(map.max_blocks * int64_t{sizeof(BlockPlan)});
   map.cuts = take((ctas * int64_t{kComputingWarps} + 1) * int64_t{sizeof(Cut)});
   map.counters = take(ctas * int64_t{sizeof(uint32_t)});
-  map.parts = take(group > 0 ? ctas * (map.max_parts + int64_t{1}) * part_bytes(layout.head_dim) : 0);
+  map.parts = take(group > 0 ? int64_t{ctas} * map.max_parts * part_bytes(layout.head_dim) : 0);
   map.spilled = take(group > 0 ? ctas * kMaxQuads * map.max_parts * state_bytes(layout.head_dim) : 0);
   map.raw = take(map.max_raw_tiles * int64_t{layout.kv_heads} * raw_tile_bytes(layout));
   map.bytes = offset;

@@ -127,10 +127,12 @@ __device__ Cut cut_at_weight(const Inputs& in, const BlockPlan* blocks, int32_t 
   return cut_at(in, blocks, index, inside / size, step_at(blocks[index], inside % size), reach);
 }
 
-// How many CTAs get a share: as many as give every list a step; if all segments are alike, whole CTAs for a segment or whole
-// segments for a CTA, where that costs no more than a twentieth: then little has to be merged, which matters more.
+// How many CTAs get a share: as many as give every list a step. If all segments are alike, half the lists, for a CTA that
+// has an own tile has its raw steps besides; and whole CTAs for a segment or whole segments for a CTA, where that costs no
+// more than a twentieth: then little has to be merged, which matters more.
 __device__ int32_t shares_of(const Inputs& in, int64_t weight, int32_t segments, bool even) {
-  const auto most = static_cast<int32_t>(min(int64_t{in.ctas}, (weight + in.teams - 1) / in.teams));
+  const int32_t lists = even ? (in.teams + 1) / 2 : in.teams;
+  const auto most = static_cast<int32_t>(min(int64_t{in.ctas}, (weight + lists - 1) / lists));
   if (!even) return most;
   const int32_t each = (segments + most - 1) / most;  // segments of a CTA
   const int32_t rounder = segments > most ? (segments + each - 1) / each
@@ -154,7 +156,7 @@ __device__ Cut cut_of_cta(const Inputs& in, const BlockPlan* blocks, int32_t cou
   return cut_at(in, blocks, segment / in.layout.kv_heads, segment % in.layout.kv_heads, static_cast<int32_t>(at % packed),
                 reach);
 }
-// In a CTA, lists have shares of one weight.
+// In a CTA, lists have shares of one weight; or a step each, where that is enough.
 __device__ Cut cut_of_list(const Inputs& in, const BlockPlan* blocks, int32_t count, const Cut& begin, const Cut& end,
                            const Costs& all, int32_t list) {
   const auto weight_at = [&](const Cut& cut) {
@@ -162,7 +164,15 @@ __device__ Cut cut_of_list(const Inputs& in, const BlockPlan* blocks, int32_t co
     const BlockPlan& b = blocks[cut.block];
     return b.weight_before + cut.head * weight_of(b) + weight_before(b, cut.step);
   };
-  if (begin.number == end.number) return end;
+  const int32_t steps = end.number - begin.number;
+  if (list >= steps) return end;
+  if (steps <= in.teams) {
+    const int32_t number = begin.number + list;
+    const int32_t index = begin.block + last_at_most(min(end.block + 1, count) - begin.block, number,
+                                                     [&](int32_t i) { return blocks[begin.block + i].steps_before; });
+    const int32_t inside = number - blocks[index].steps_before, size = blocks[index].steps;
+    return {index, inside / size, inside % size, number};
+  }
   const int64_t first = weight_at(begin), weight = weight_at(end) - first;
   const Cut cut = cut_at_weight(in, blocks, begin.block, min(end.block + 1, count), first + weight * list / in.teams,
                                 static_cast<int32_t>(weight / kPackedWeight / in.teams / 16));

@@ -87,8 +87,10 @@ constexpr int64_t most_parts(const kvarn_layout& layout, int64_t max_seq_len) {
 
 // Room for one of them, of one quad: slices of 32 channels with unit and value of every column.
 constexpr int64_t state_bytes(int32_t head_dim) { return head_dim / 32 * int64_t{4} * kQuadColumns * (32 + 2); }
-// Of all columns of a block, and their ranks.
-constexpr int64_t part_bytes(int32_t head_dim) { return kMaxBlockColumns / kQuadColumns * state_bytes(head_dim) + 32; }
+// Of all columns of a block, each slice with its ranks.
+constexpr int64_t part_bytes(int32_t head_dim) {
+  return kMaxBlockColumns / kQuadColumns * (state_bytes(head_dim) + head_dim / 32 * 16);
+}
 
 // Byte offsets into the workspace; the same for everybody who has the same layout and limits.
 struct WorkspaceMap {
@@ -118,7 +120,7 @@ struct Plan {
   BlockPlan* blocks;
   Cut* cuts;
   uint32_t* counters;  // [ctas] 0 between launches
-  uint8_t* parts;      // [ctas][1 + max_parts]: partial results of segments that several CTAs share
+  uint8_t* parts;      // [ctas][max_parts]: partial results of segments that several CTAs share
   uint8_t* spilled;    // [ctas][max_parts][kMaxQuads]: what shared memory has no room for
   uint16_t* raw;       // [raw tile][kv_heads][2][G][D] f16, rotated
 };

@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# On the GPU machine, in one call of some three minutes on 16 cores: what tests/cuda/pack.sh made in FOLDER is linked and
+# On the GPU machine, in one call of some two minutes on 16 cores: what tests/cuda/pack.sh made in FOLDER is linked and
 # checked (attend_test, tests/cuda, compute-sanitizer's four tools on four shapes), then timed beside its rivals.
 #
 #   tests/cuda/packed.sh FOLDER [check] [time]     both, if none is named
