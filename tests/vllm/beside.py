@@ -31,6 +31,7 @@ class Beside:
         self._own: dict[str, torch.Tensor] = {}
         self._random = torch.Generator().manual_seed(7)
 
+    @torch.inference_mode()  # the pages were made in it
     def begin(self) -> None:
         """Counts from now on. Requests of an engine's warm-up share the null block for their pages ahead and write over
         each other there, in whichever order: model runner 2's leave other bytes than the CPU library's."""

@@ -2,7 +2,7 @@
 """Presets of some layers' own (kvarn_layers)."""
 
 import pytest
-from engine import PRESET, Engine, first_difference
+from engine import CACHE, GPU, GRAPHS, PRESET, Engine, first_difference
 from kvarn.vllm import layers
 from kvarn.vllm.refuse import Refused
 from test_refuse import config
@@ -53,9 +53,10 @@ def test_what_makes_no_sense(given, reason):
 
 
 @pytest.mark.usefixtures("row_by_row")
-def test_it_serves(small_model, prompts, base):
+@pytest.mark.parametrize("how", [{}, pytest.param(GRAPHS, marks=GPU)], ids=["eager", "graphs"])
+def test_it_serves(small_model, prompts, base, how):
     """Each layer has its preset, more bytes are used, and answers are exact over chunks, hits and preemption."""
-    some, options = prompts[3:7], {"additional_config": {"kvarn_layers": OWN}}
+    some, options = prompts[3:7], how | {"additional_config": {"kvarn_layers": OWN}}
     with Engine(small_model, **options) as engine:
         whole = engine.run(some)
         assert names(engine) == [FINE, PRESET, "kvarn_k4v4_g128", "kvarn_k4v4_g128", PRESET, PRESET]
@@ -66,6 +67,21 @@ def test_it_serves(small_model, prompts, base):
     assert first_difference(whole, base[3:7]) is not None
     tight = {"enable_prefix_caching": True, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 24}
     with Engine(small_model, **options, **tight) as engine:
+        cold, warm = engine.run(some), engine.run(some)
+        assert engine.counters()["hits"] > 0
+    assert first_difference(cold, whole) is None
+    assert first_difference(warm, whole) is None
+
+
+@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.parametrize("how", [pytest.param({}, marks=GPU), pytest.param(GRAPHS, marks=GPU)], ids=["eager", "graphs"])
+def test_prompts_on_flash_attention(small_model, prompts, monkeypatch, how):
+    """Each preset expands its pages into a room of its own."""
+    monkeypatch.setenv("KVARN_PROMPTS", "flash")
+    some, options = prompts[3:7], how | {"additional_config": {"kvarn_layers": OWN}}
+    with Engine(small_model, **options) as engine:
+        whole = engine.run(some)
+    with Engine(small_model, **options, **CACHE, max_num_batched_tokens=333) as engine:
         cold, warm = engine.run(some), engine.run(some)
         assert engine.counters()["hits"] > 0
     assert first_difference(cold, whole) is None
