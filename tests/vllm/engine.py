@@ -149,10 +149,10 @@ def _sampling(tokens: int, **changes) -> SamplingParams:
     return SamplingParams(**(greedy | changes))
 
 
-def ngram(drafts: int) -> dict:
-    """Options that have vLLM look up drafts in what was said before."""
+def ngram(drafts: int, method: str = "ngram") -> dict:
+    """Options that have vLLM look up drafts in what was said before; "ngram_gpu": on the device, scheduling ahead."""
     _runner_1_only("n-grams")
-    looked_up = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    looked_up = {"method": method, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     return {"speculative_config": looked_up | {"num_speculative_tokens": drafts}}
 
 
