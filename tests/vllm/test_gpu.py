@@ -36,8 +36,8 @@ def test_graphs_that_verify_drafts(small_model, prompts, base, drafts):
 
 
 def test_drafts_looked_up_on_the_gpu(small_model, prompts, base, monkeypatch):
-    """vLLM schedules ahead then, and does not know how long a request is. It compiles its lookup, and fails where the model
-    is not compiled; here neither is, since linear layers go row by row."""
+    """vLLM schedules ahead then, and does not know how long a request is. It compiles its lookup, and fails where the
+    model is not compiled; here neither is, since linear layers go row by row."""
     from vllm.config import CompilationMode
     from vllm.v1.spec_decode import ngram_proposer_gpu
 
