@@ -70,7 +70,7 @@ struct EncodeMemory {
   Row row[kMost];
   alignas(16) Real column_inverse[kColumnWords], column_weight[kColumnWords];
   Real column[kMost];  // c
-  Real norm[2][kTokens];
+  Real k_norm[kTokens], v_norm[kTokens];
   Real deviation[kMost], row_best[kMost];  // of varnorm
 };
 

@@ -2,8 +2,8 @@
 // The encoder `weighted` (specification section 6) for one tile of K or V and one CTA. Bit-equal to
 // codec/weighted.cpp.
 //
-// Operations an element: FIT about 140, of which the refits take 30; NM 15. A FIT has three row phases and two column
-// phases, with a barrier after each.
+// About 140 operations an element, of which the refits take 30: three row phases and two column phases, with a barrier
+// after each.
 #pragma once
 
 #include "cuda/encode_norms.cuh"
@@ -13,7 +13,6 @@ namespace kvarn::cuda {
 template <class Shape, class Memory>
 struct Weighted {
   static constexpr bool kKeys = Shape::side == Side::kKeys;
-  static constexpr bool kFit = !kKeys || Shape::bits == 2;
   static constexpr int kHeld = Shape::held;
   Memory& memory;
 
@@ -30,21 +29,20 @@ struct Weighted {
     if (!kKeys) memory.column_weight[Shape::column_word(column)] = c * c;
   }
 
-  // norm[0] of this tile's tokens must be there, for a K FIT norm[1] of V's too.
+  // The norms of V's tokens must be there, for K those of its own too.
   __device__ void prepare() const {
-    const Real mean = mean_norm<Shape::tokens>(memory.norm[0]);
     const int i = threadIdx.x;
+    const Real rv =
+        i < Shape::tokens ? mean_norm<Shape::tokens>(memory.v_norm) / larger(memory.v_norm[i], kTiny) : 0.0f;
     if constexpr (kKeys) {
-      token_norm<Shape>(memory.norm[0], memory.column);
-      if (i < Shape::columns) set_column(i, memory.column[i]);
-      if constexpr (kFit) {
-        const Real mean_v = mean_norm<Shape::tokens>(memory.norm[1]);
-        if (i < Shape::tokens)
-          memory.column_weight[Shape::column_word(i)] =
-              key_weight(mean / larger(memory.norm[0][i], kTiny), mean_v / larger(memory.norm[1][i], kTiny));
+      token_norm<Shape>(memory.k_norm, memory.column);
+      if (i < Shape::columns) {
+        set_column(i, memory.column[i]);
+        const Real rk = mean_norm<Shape::tokens>(memory.k_norm) / larger(memory.k_norm[i], kTiny);
+        memory.column_weight[Shape::column_word(i)] = key_weight(rk, rv);
       }
     } else {
-      if (i < Shape::tokens) memory.row[i].weight = value_weight(mean / larger(memory.norm[0][i], kTiny));
+      if (i < Shape::tokens) memory.row[i].weight = value_weight(rv);
       if (i < Shape::columns) set_column(i, 1.0f);
     }
   }
@@ -62,7 +60,7 @@ struct Weighted {
     if constexpr (kUnit) {
       r.sw = static_cast<float>(Shape::columns);
       r.sx = row_sum<Shape>([&](int i) { return r.x[i]; });
-    } else if constexpr (kFit) {
+    } else {
       load_columns<Shape>(memory.column_weight, q, r.w);
       const auto total = row_sums<Shape>([&](int i) { return Sums<2>{{r.w[i], r.w[i] * r.x[i]}}; });
       r.sw = total.of[0], r.sx = total.of[1];
@@ -72,7 +70,11 @@ struct Weighted {
   __device__ static Real grid_inverse(Real s) { return reciprocal(larger(s, 1e-10f)); }
 
   __device__ static void start(Held& r) {
-    constexpr float kFraction = Shape::bits == 2 ? .65f : Shape::bits == 3 ? .75f : Shape::bits == 4 ? .9f : 1.0f;
+    constexpr float kFraction = Shape::bits == 2   ? .65f
+                                : kKeys            ? 1.0f
+                                : Shape::bits == 3 ? .75f
+                                : Shape::bits == 4 ? .9f
+                                                   : 1.0f;
     const Real f = kFraction;
     Real low, high;
     range<Shape>(r.x, low, high);
@@ -123,8 +125,7 @@ struct Weighted {
   __device__ void keep_grid(int row, int q, const Held& r) const {
     __syncwarp();  // all lanes have read the grid before
     if (q != 0) return;
-    memory.row[row].s = r.s, memory.row[row].z = r.z;
-    if constexpr (kFit) memory.row[row].inverse = grid_inverse(r.s);
+    memory.row[row].s = r.s, memory.row[row].z = r.z, memory.row[row].inverse = grid_inverse(r.s);
   }
 
   // Each element's code takes the place of its value.
@@ -210,34 +211,24 @@ struct Weighted {
   __device__ void encode() const {
     prepare();
     __syncthreads();
-    if constexpr (!kFit) {
+    for_rows<!kKeys>([&](int row, int q, Held& r) {
+      start_and_solve<!kKeys>(r);
+      keep_grid(row, q, r);
+    });
+#pragma unroll 1
+    for (int round = 0; round < 2; ++round) {
+      __syncthreads();
+      refit_columns();
+      __syncthreads();
       for_rows<false>([&](int row, int q, Held& r) {
-        Real low, high;
-        range<Shape>(r.x, low, high);
-        r.s = (high - low) / Real(Shape::qmax);
-        r.z = low;
-        finish(row, q, r);
-      });
-    } else {
-      for_rows<!kKeys>([&](int row, int q, Held& r) {
-        start_and_solve<!kKeys>(r);
-        keep_grid(row, q, r);
-      });
+        r.s = memory.row[row].s, r.z = memory.row[row].z;
 #pragma unroll 1
-      for (int round = 0; round < 2; ++round) {
-        __syncthreads();
-        refit_columns();
-        __syncthreads();
-        for_rows<false>([&](int row, int q, Held& r) {
-          r.s = memory.row[row].s, r.z = memory.row[row].z;
-#pragma unroll 1
-          for (int turn = 0; turn < 2; ++turn) solve<false, false>(r);
-          if (round == 1)
-            finish(row, q, r);
-          else
-            keep_grid(row, q, r);
-        });
-      }
+        for (int turn = 0; turn < 2; ++turn) solve<false, false>(r);
+        if (round == 1)
+          finish(row, q, r);
+        else
+          keep_grid(row, q, r);
+      });
     }
   }
 };
