@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/encode_norms.cuh"
+#include "cuda/lifted.cuh"
 
 namespace kvarn::cuda {
 
@@ -18,9 +19,11 @@ struct Weighted {
 
   // A row in the registers of its lanes.
   struct Held {
-    Real x[kHeld], w[kHeld];
-    Real sw, sx;  // SUM w, SUM w*x
-    Real s, z;
+    Real x[kHeld];
+    const Real* weights;  // of the lane's columns, in shared memory: the row has the registers
+    __device__ Real w(int i) const { return weights[Shape::held_word(i)]; }
+    Real sw, sw_inverse, sx;  // SUM w, SUM w*x
+    Real s, z;                // s lifted
   };
 
   __device__ void set_column(int column, Real c) const {
@@ -61,13 +64,14 @@ struct Weighted {
       r.sw = static_cast<float>(Shape::columns);
       r.sx = row_sum<Shape>([&](int i) { return r.x[i]; });
     } else {
-      load_columns<Shape>(memory.column_weight, q, r.w);
-      const auto total = row_sums<Shape>([&](int i) { return Sums<2>{{r.w[i], r.w[i] * r.x[i]}}; });
+      r.weights = memory.column_weight + q * (kHeld + 4);
+      const auto total = row_sums<Shape>([&](int i) { return Sums<2>{{r.w(i), r.w(i) * r.x[i]}}; });
       r.sw = total.of[0], r.sx = total.of[1];
     }
+    r.sw_inverse = reciprocal(r.sw);
   }
 
-  __device__ static Real grid_inverse(Real s) { return reciprocal(larger(s, 1e-10f)); }
+  __device__ static Real code(Real x, Real z, Real inverse) { return lifted_code<Shape::qmax>(x, z, inverse); }
 
   __device__ static void start(Held& r) {
     constexpr float kFraction = Shape::bits == 2   ? .65f
@@ -79,28 +83,30 @@ struct Weighted {
     Real low, high;
     range<Shape>(r.x, low, high);
     const Real width = high - low;
-    r.s = f * width / Real(Shape::qmax);
+    constexpr float kMost = Shape::qmax;
+    r.s = f * width / Divisor(kMost, 1.0f / kMost) * Real(kLift);
     r.z = (low + high) * Real(.5f) - f * width * Real(.5f);
   }
 
   // Also returns the error of the grid that it starts from, if asked for.
   template <bool kUnit, bool kWithError>
   __device__ static Real solve(Held& r) {
-    const Real s = r.s, z = r.z, inverse = grid_inverse(s);
+    asm volatile("" ::: "memory");  // weights are to be read anew, not kept in registers
+    const Real s = r.s, z = r.z, inverse = lifted_inverse(s);
     const auto total = row_sums<Shape>([&](int i) {
-      const Real x = r.x[i], q = rounded(unrounded_code<Shape>(x, z, inverse)), wq = kUnit ? q : r.w[i] * q;
+      const Real x = r.x[i], t = code(x, z, inverse), wq = kUnit ? t - Real(1.0f) : times_code(t, r.w(i));
       if constexpr (kWithError) {
-        const Real e = q * s + z - x;
-        return Sums<4>{{wq, wq * q, wq * x, (kUnit ? e : r.w[i] * e) * e}};
+        const Real e = times_code(t, s) + z - x;
+        return Sums<4>{{wq, times_code(t, wq), wq * x, (kUnit ? e : r.w(i) * e) * e}};
       } else {
-        return Sums<3>{{wq, wq * q, wq * x}};
+        return Sums<3>{{wq, times_code(t, wq), wq * x}};
       }
     });
     const Real sw = r.sw, sx = r.sx, sq = total.of[0], sqq = total.of[1], sqx = total.of[2];
     const Real det = sw * sqq - sq * sq, better = (sw * sqx - sq * sx) / det;
     if (det > Real(1e-12f) * sw * sqq && better > Real(0.0f)) {
       r.s = better;
-      r.z = (sx - better * sq) / sw;
+      r.z = (sx - better * sq) / Divisor(sw, r.sw_inverse);
     }
     if constexpr (kWithError) return total.of[3];
     return 0.0f;
@@ -108,10 +114,11 @@ struct Weighted {
 
   template <bool kUnit>
   __device__ static Real error(const Held& r) {
-    const Real inverse = grid_inverse(r.s);
+    asm volatile("" ::: "memory");  // as in solve
+    const Real inverse = lifted_inverse(r.s);
     return row_sum<Shape>([&](int i) {
-      const Real e = rounded(unrounded_code<Shape>(r.x[i], r.z, inverse)) * r.s + r.z - r.x[i];
-      return (kUnit ? e : r.w[i] * e) * e;
+      const Real e = times_code(code(r.x[i], r.z, inverse), r.s) + r.z - r.x[i];
+      return (kUnit ? e : r.w(i) * e) * e;
     });
   }
 
@@ -125,29 +132,29 @@ struct Weighted {
   __device__ void keep_grid(int row, int q, const Held& r) const {
     __syncwarp();  // all lanes have read the grid before
     if (q != 0) return;
-    memory.row[row].s = r.s, memory.row[row].z = r.z, memory.row[row].inverse = grid_inverse(r.s);
+    memory.row[row].s = r.s, memory.row[row].z = r.z, memory.row[row].inverse = lifted_inverse(r.s);
   }
 
   // Each element's code takes the place of its value.
   __device__ void write_codes(int row, int q, const Held& r) const {
-    const Real inverse = grid_inverse(r.s);
+    const Real inverse = lifted_inverse(r.s);
     uint16_t* codes = reinterpret_cast<uint16_t*>(memory.values);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      codes[Shape::at(row, q + Shape::lanes * i)] = rounded_bits(unrounded_code<Shape>(r.x[i], r.z, inverse));
+    for (int i = 0; i < kHeld; ++i) codes[Shape::at(row, q + Shape::lanes * i)] = code_bits(code(r.x[i], r.z, inverse));
   }
 
   __device__ static void debias(Held& r) {
-    const Real s = r.s, z = r.z, inverse = grid_inverse(s);
-    const auto y = [&](int i) { return rounded(unrounded_code<Shape>(r.x[i], z, inverse)) * s + z; };
-    const Real mx = r.sx / r.sw, my = row_sum<Shape>([&](int i) { return r.w[i] * y(i); }) / r.sw;
+    const Real s = r.s, z = r.z, inverse = lifted_inverse(s);
+    const Divisor sw(r.sw, r.sw_inverse);
+    const auto y = [&](int i) { return times_code(code(r.x[i], z, inverse), s) + z; };
+    const Real mx = r.sx / sw, my = row_sum<Shape>([&](int i) { return r.w(i) * y(i); }) / sw;
     const auto square = row_sums<Shape>([&](int i) {
-      const Real dx = r.x[i] - mx, wdx = r.w[i] * dx;
+      const Real dx = r.x[i] - mx, wdx = r.w(i) * dx;
       return Sums<2>{{wdx * dx, wdx * (y(i) - my)}};
     });
     const Real a = square.of[0], b = square.of[1];
     const Real g = b > Real(0.0f) ? square_root(clamp(a / b, .8f, 1.5f)) : Real(1.0f);
-    r.s = f16(s * g);
+    r.s = lifted_f16(s * g);
     r.z = f16(mx - (my - z) * g);
   }
 
@@ -173,7 +180,7 @@ struct Weighted {
 #pragma unroll
         for (int j = 0; j < kJoint; ++j) {
           const Real m = raw_value<Shape>(memory.values, row, column[j]);
-          const Real y = rounded(unrounded_code<Shape>(m * inverse[j], grid.z, grid.inverse)) * grid.s + grid.z;
+          const Real y = times_code(code(m * inverse[j], grid.z, grid.inverse), grid.s) + grid.z;
           terms.of[2 * j] = kKeys ? m * y : grid.weight * m * y;
           terms.of[2 * j + 1] = kKeys ? y * y : grid.weight * y * y;
         }
@@ -201,9 +208,10 @@ struct Weighted {
   }
 
   __device__ void finish(int row, int q, Held& r) const {
-    r.s = f16(r.s), r.z = f16(r.z);
+    r.s = lifted_f16(r.s), r.z = f16(r.z);
     write_codes(row, q, r);
     if constexpr (!kKeys) debias(r);
+    r.s = r.s * Real(1.0f / kLift);
     keep_grid(row, q, r);
   }
 
