@@ -22,15 +22,15 @@ inline constexpr int kFastThreads = 512, kManyThreads = 256;
 enum class Half { kKeys, kValues, kBoth };
 
 template <class Shape, int kThreads, kvarn_encoder kEncoder, bool kValues, class Memory>
-__device__ inline void encode(Memory& memory, uint8_t* record) {
+__device__ inline void encode(Memory& memory, const float* feedback, uint8_t* record) {
   using Is = EncodeShape<kThreads, kValues ? Side::kValues : Side::kKeys, Shape::page_tokens, Shape::head_dim,
                          kValues ? Shape::v_bits : Shape::k_bits>;
   if constexpr (kEncoder == KVARN_WEIGHTED)
-    Weighted<Is, Memory>{memory}.encode();
+    Weighted<Is, Memory>{memory}.encode(feedback);
   else
     Varnorm<Is, Memory>{memory}.encode();
   __syncthreads();
-  write_record<Shape, Is>(memory, record);
+  write_record<Shape, Is>(memory, kEncoder == KVARN_WEIGHTED ? 1 / kLift : 1, record);
 }
 
 template <class Shape, int kThreads, kvarn_encoder kEncoder, class Memory>
@@ -48,12 +48,13 @@ __device__ inline void pack(const AppendArguments& a, const Completed& c, int he
   // V first: its norms are in the weights of K's tokens.
   if (kWeighted || half != Half::kKeys) load(true, half != Half::kKeys, memory.v_norm);
   if (half != Half::kKeys) {
-    encode<Shape, kThreads, kEncoder, true>(memory, record);
+    encode<Shape, kThreads, kEncoder, true>(memory, nullptr, record);
     __syncthreads();
   }
   if (half != Half::kValues) {
     load(false, true, memory.k_norm);
-    encode<Shape, kThreads, kEncoder, false>(memory, record);
+    const float* b = a.feedback == nullptr ? nullptr : a.feedback + head * (Shape::head_dim * Shape::head_dim);
+    encode<Shape, kThreads, kEncoder, false>(memory, b, record);
   }
 }
 
@@ -97,7 +98,7 @@ cudaError_t launch_append(const AppendArguments& a, int64_t completed, int64_t m
 
 template <class Shape>
 cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
-                         int64_t* replaced) {
+                         const float* feedback, int64_t* replaced) {
   const kvarn_cuda_step& step = launch.step;
   const int32_t heads = launch.layout.kv_heads, requests = step.batch.requests;
   if (requests == 0 || step.tokens == 0 || step.max_query_len == 0) return cudaSuccess;
@@ -114,6 +115,7 @@ cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_
                           heads,
                           make_rows(k),
                           make_rows(v),
+                          feedback,
                           reinterpret_cast<unsigned long long*>(replaced),
                           2 * heads * std::min(step.max_query_len, Shape::page_tokens - 1)};
   // A request can have to stage only if n + 1 rows lie behind the edge of a tile that it was in.

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/encode_real.cuh"
+#include "format/presets.hpp"
 
 namespace kvarn::cuda {
 
@@ -65,6 +66,12 @@ struct alignas(16) Row {
   Real s, z, inverse, weight;
 };
 
+// Of the block of channels that feedback works on: y, later the errors, [channel][token]; B there, [column][row].
+struct EncodeBlock {
+  static constexpr int channels = 16;
+  alignas(16) Real y[channels * format::kMaxPageTokens], diagonal[channels * channels];
+};
+
 // Shared memory of a CTA that encodes.
 template <int kTokens, int kHeadDim>
 struct EncodeMemory {
@@ -76,6 +83,7 @@ struct EncodeMemory {
   Real column[kMost];  // c
   Real k_norm[kTokens], v_norm[kTokens];
   Real deviation[kMost], row_best[kMost];  // of varnorm
+  EncodeBlock block;                       // of feedback
 };
 
 template <class Shape>

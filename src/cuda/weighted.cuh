@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/encode_norms.cuh"
+#include "cuda/feedback.cuh"
 #include "cuda/lifted.cuh"
 
 namespace kvarn::cuda {
@@ -207,16 +208,15 @@ struct Weighted {
     }
   }
 
-  __device__ void finish(int row, int q, Held& r) const {
+  __device__ void finish(int row, int q, Held& r, bool with_codes) const {
     r.s = lifted_f16(r.s), r.z = f16(r.z);
-    write_codes(row, q, r);
+    if (with_codes) write_codes(row, q, r);
     if constexpr (!kKeys) debias(r);
-    r.s = r.s * Real(1.0f / kLift);
     keep_grid(row, q, r);
   }
 
-  // Values in, codes and vectors out; begins and ends with the caller's barriers.
-  __device__ void encode() const {
+  // Values in, codes and vectors out, s lifted; begins and ends with the caller's barriers. feedback: of K, or null.
+  __device__ void encode(const float* feedback) const {
     prepare();
     __syncthreads();
     for_rows<!kKeys>([&](int row, int q, Held& r) {
@@ -233,10 +233,15 @@ struct Weighted {
 #pragma unroll 1
         for (int turn = 0; turn < 2; ++turn) solve<false, false>(r);
         if (round == 1)
-          finish(row, q, r);
+          finish(row, q, r, feedback == nullptr);
         else
           keep_grid(row, q, r);
       });
+    }
+    if constexpr (kKeys) {
+      if (feedback == nullptr) return;
+      __syncthreads();
+      Feedback<Shape, Memory>{memory, feedback}.run();
     }
   }
 };

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import feedback as feeding
 from .arithmetic import exponential, f16, logarithm, total
 
 TINY = np.float32(2.0**-40)
@@ -26,23 +27,28 @@ class Grid:
     column: np.ndarray
 
 
-def encode(k: np.ndarray, v: np.ndarray, k_bits: int, v_bits: int, encoder: str) -> tuple[Grid, Grid]:
-    """k, v [tiles][G][D] float32 with binary16 values -> grids of K ([D][G]) and of V ([G][D])."""
+def encode(k: np.ndarray, v: np.ndarray, k_bits: int, v_bits: int, encoder: str, feedback=None) -> tuple[Grid, Grid]:
+    """k, v [tiles][G][D] float32 with binary16 values -> grids of K ([D][G]) and of V ([G][D]).
+    feedback: None, or float32 [tiles][D][D] (`weighted` only)."""
     with np.errstate(all="ignore"):
+        if encoder == "varnorm" and feedback is not None:
+            raise ValueError("the encoder varnorm takes no feedback; use weighted")
         if encoder == "varnorm":
             return varnorm(k.swapaxes(1, 2), k_bits), varnorm(v, v_bits)
         if encoder == "weighted":
-            return weighted(k, v, k_bits, v_bits)
+            return weighted(k, v, k_bits, v_bits, feedback)
     raise ValueError(f"unknown encoder {encoder!r}: weighted or varnorm")
 
 
-def weighted(k, v, k_bits, v_bits):
+def weighted(k, v, k_bits, v_bits, feedback=None):
     rk, rv = _rarity(k), _rarity(v)
     wk = np.minimum(np.maximum(rv * rk, 1), 4096).swapaxes(1, 2)
     wv = np.minimum(rv * rv * rv, 131072)
     m = k.swapaxes(1, 2)
     k_grid = _fit(m, _token_norm(k), k_bits, KEYS_START[k_bits], lambda c: wk, np.ones_like(m[:, :, :1]), debias=False)
     v_grid = _fit(v, np.ones_like(v[:, :1]), v_bits, VALUES_START[v_bits], lambda c: c * c, wv, debias=True)
+    if feedback is not None:
+        k_grid.codes = feeding.codes(m, k_grid.scale, k_grid.zero, k_grid.column, 2**k_bits - 1, feedback)
     return k_grid, v_grid
 
 
