@@ -24,7 +24,7 @@ from kvarn.eval.caches import TILE, Packed, Simulated
 from kvarn.eval.model import Model
 from kvarn.eval.run import Runner
 from kvarn.reference.arithmetic import f16, hadamard
-from kvarn.reference.encoders import NARROWING, Grid, fit_keys, fit_values
+from kvarn.reference.encoders import Grid, weighted
 from kvarn.rivals import RIVALS, Recent
 
 
@@ -50,8 +50,7 @@ class Fitted:
         tiles = len(k) // TILE
         keys, values = (_tiles(x, tiles) for x in (k, v))
         with np.errstate(all="ignore"):
-            start = NARROWING[2] if self.k_bits == 2 else 1.0
-            grids = fit_keys(keys, values, self.k_bits, start), fit_values(values, self.v_bits)
+            grids = weighted(keys, values, self.k_bits, self.v_bits)
         if self.feedback is not None:
             choose(grids[0], keys.swapaxes(1, 2), self.feedback[layer], 2**self.k_bits - 1)
         read = _decoded(grids[0]).swapaxes(1, 2), _decoded(grids[1])
