@@ -11,7 +11,7 @@ def feedback(energy):
     """float32 [kv_heads, head_dim, head_dim] for append(.., feedback=..), the same kind of array as energy.
 
     energy  [kv_heads, head_dim], numpy or torch: the mean square of each channel of the queries that read this KV head,
-            after RoPE (which makes both channels of a pair alike) and before kvarn's rotation
+            after RoPE and before kvarn's rotation; kvarn.energy finds it for a model
     Only ratios within a head matter. Records depend on the result: give a cache the same one for its whole life, and do
     not compute it anew from other queries. The same energy gives the same bits on every machine.
 
