@@ -20,7 +20,7 @@ function(kvarn_target_flags)
   endif()
   # gcc 12 takes the deliberately undefined operands inside its own AVX headers for a mistake of ours (gcc bug 105593).
   set(quiet "$<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>")
-  set_source_files_properties(src/cpu/avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mf16c;${quiet}")
+  set_source_files_properties(src/cpu/avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c;${quiet}")
   set_source_files_properties(src/cpu/avx512.cpp PROPERTIES COMPILE_OPTIONS
-    "-mavx2;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512;${quiet}")
+    "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512;${quiet}")
 endfunction()

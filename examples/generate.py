@@ -18,7 +18,7 @@ def main() -> None:
 
         name = smollm2()
     tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
-    cache, talk = kvarn.hf.Cache(model.config, "kvarn_k4v4_g128"), []
+    cache, talk = kvarn.hf.Cache(model.config, "kvarn_k4v4_g128", feedback=kvarn.hf.feedback(model)), []
     for question in ("What is a harbour? Answer in two sentences.", "And a lighthouse?"):
         talk.append({"role": "user", "content": question})
         inputs = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -20,7 +20,7 @@ struct Setup {
   std::vector<int32_t> table;
   kvarn::WorkspaceBuffer memory, workspace;
   kvarn_pages pages;
-  std::vector<float> k, v, q, out;
+  std::vector<float> k, v, q, out, feedback;  // feedback: empty for none
 
   Setup(const char* preset, int32_t head_dim, int32_t kv_heads, int32_t queries, int32_t count)
       : tokens(count),
@@ -44,6 +44,14 @@ struct Setup {
     fill(q, int64_t{queries} * head_dim);
     out.resize(q.size());
   }
+  // Above the diagonal numbers that pass about half of an error on.
+  void feed() {
+    const auto head_dim = static_cast<size_t>(layout.head_dim), size = head_dim * head_dim;
+    feedback.assign(static_cast<size_t>(heads) * size, 0.0f);
+    for (size_t at = 0; at < feedback.size(); ++at)
+      if (at % head_dim > at % size / head_dim)
+        feedback[at] = static_cast<float>(at * 2654435769u % 101) * 0.0016f - 0.08f;
+  }
   static int64_t bytes(const char* preset, int32_t head_dim, int32_t kv_heads, int32_t count, kvarn::Layout& layout) {
     return kvarn::Layout::make(preset, head_dim, kv_heads, layout) ? layout.pages_of(count) * layout.page_bytes : 0;
   }
@@ -57,8 +65,8 @@ struct Setup {
     const auto rows = [&](const std::vector<float>& x) {
       return kvarn::rows(x.data(), KVARN_FLOAT32, tokens, heads, layout.head_dim);
     };
-    return static_cast<bool>(
-        kvarn::append(layout, pages, batch(&length, starts), rows(k), rows(v), workspace, encoder, &options));
+    return static_cast<bool>(kvarn::append(layout, pages, batch(&length, starts), rows(k), rows(v), workspace, encoder,
+                                           &options, nullptr, feedback.empty() ? nullptr : feedback.data()));
   }
   bool attend(const char* target) {  // the last token decodes
     const int32_t length = tokens, starts[2] = {0, 1};
@@ -75,8 +83,9 @@ struct Setup {
 };
 
 void append_tile(benchmark::State& state, const char* preset, int32_t head_dim, const char* target,
-                 kvarn_encoder encoder) {
+                 kvarn_encoder encoder, bool feed) {
   Setup reference(preset, head_dim, 1, 1, 1024), setup(preset, head_dim, 1, 1, 1024);
+  if (feed) reference.feed(), setup.feed();
   if (!reference.append("scalar", encoder) || !setup.append(target, encoder) || reference.record(3) != setup.record(3))
     return state.SkipWithError("the record is not the reference's");
   for (auto _ : state) setup.append(target, encoder);
@@ -115,13 +124,17 @@ int main(int argc, char** argv) {
       for (int head_dim : {64, 128, 256}) {
         const std::string shape = std::string(*preset) + "/D" + std::to_string(head_dim) + "/" + name;
         benchmark::RegisterBenchmark(("append/weighted/" + shape).c_str(), append_tile, *preset, head_dim, *target,
-                                     KVARN_WEIGHTED);
+                                     KVARN_WEIGHTED, false);
         for (int group : {1, 4, 8})
           benchmark::RegisterBenchmark(("attend/gqa" + std::to_string(group) + "/" + shape).c_str(), attend_row,
                                        *preset, head_dim, group, *target);
       }
     benchmark::RegisterBenchmark(("append/varnorm/kvarn_k4v2_g128/D128/" + name).c_str(), append_tile,
-                                 "kvarn_k4v2_g128", 128, *target, KVARN_VARNORM);
+                                 "kvarn_k4v2_g128", 128, *target, KVARN_VARNORM, false);
+    for (int head_dim : {64, 128, 256})
+      benchmark::RegisterBenchmark(
+          ("append/feedback/kvarn_k4v2_g128/D" + std::to_string(head_dim) + "/" + name).c_str(), append_tile,
+          "kvarn_k4v2_g128", head_dim, *target, KVARN_WEIGHTED, true);
   }
   benchmark::Initialize(&argc, argv);
   benchmark::RunSpecifiedBenchmarks();

@@ -10,6 +10,7 @@ struct AppendCase {
   const char* name;
   int rows;
   std::vector<int32_t> lengths;  // after the step
+  bool feed = false;             // with feedback
 };
 
 inline std::vector<AppendCase> append_cases() {
@@ -20,6 +21,9 @@ inline std::vector<AppendCase> append_cases() {
   };
   return {{"prefill, 128 tiles complete", 16384, {16384}},
           {"decode, 128 of 128 tiles complete", 1, lengths(128, 128)},
+          {"prefill, 128 tiles complete, feedback", 16384, {16384}, true},
+          {"decode, 128 of 128 tiles complete, feedback", 1, lengths(128, 128), true},
+          {"decode, 1 of 1 tiles complete, feedback", 1, lengths(1, 1), true},
           {"decode, 8 of 8 tiles complete", 1, lengths(8, 8)},
           {"decode, 1 of 1 tiles complete", 1, lengths(1, 1)},
           {"decode, 1 of 32 tiles complete", 1, lengths(32, 1)},
@@ -46,7 +50,7 @@ class HostCache {
 
   // Appends lengths[r] - starts[r] rows of every request.
   void append(const std::vector<int32_t>& starts, const std::vector<int32_t>& lengths, const std::vector<uint16_t>& k,
-              const std::vector<uint16_t>& v) {
+              const std::vector<uint16_t>& v, const float* feedback = nullptr) {
     std::vector<int32_t> query_starts{0};
     for (size_t r = 0; r < lengths.size(); ++r) query_starts.push_back(query_starts[r] + lengths[r] - starts[r]);
     const int64_t tokens = query_starts.back(), heads = layout_.kv_heads, head_dim = layout_.head_dim;
@@ -58,7 +62,8 @@ class HostCache {
     const kvarn_batch batch{requests_, width_, width_, table_.data(), lengths.data(), query_starts.data()};
     const kvarn_rows k_rows{k.data(), KVARN_BFLOAT16, tokens, heads, heads * head_dim, head_dim};
     const kvarn_rows v_rows{v.data(), KVARN_BFLOAT16, tokens, heads, heads * head_dim, head_dim};
-    check(kvarn_append(&layout_, &pages_, &batch, &k_rows, &v_rows, KVARN_WEIGHTED, &workspace, nullptr, nullptr),
+    check(kvarn_append(&layout_, &pages_, &batch, &k_rows, &v_rows, KVARN_WEIGHTED, feedback, &workspace, nullptr,
+                       nullptr),
           "kvarn_append");
   }
 
@@ -86,6 +91,16 @@ inline int64_t moved_bytes(const kvarn_layout& l, const AppendCase& c) {
   return l.kv_heads * (records * l.record_bytes + (rows + raw_tokens) * 4 * l.head_dim);
 }
 
+// Above the diagonal numbers that pass about half of an error on.
+inline std::vector<float> small_feedback(int heads, int head_dim) {
+  std::vector<float> b(static_cast<size_t>(heads * head_dim * head_dim), 0.0f);
+  for (size_t at = 0; at < b.size(); ++at) {
+    const size_t i = at / static_cast<size_t>(head_dim) % static_cast<size_t>(head_dim);
+    if (at % static_cast<size_t>(head_dim) > i) b[at] = static_cast<float>(at * 2654435769u % 101) * 0.0016f - 0.08f;
+  }
+  return b;
+}
+
 inline void append_checked(Bench& bench, const char* preset, int head_dim, int kv_heads, const AppendCase& c) {
   const Shape shape{preset, head_dim, 0, kv_heads, static_cast<int>(c.lengths.size()), c.rows};
   const kvarn_layout layout = layout_of(shape);
@@ -110,13 +125,16 @@ inline void append_checked(Bench& bench, const char* preset, int head_dim, int k
   const kvarn_rows k_rows = k.in(), v_rows = v.in();
   check(kvarn_cuda_plan(&layout, &device_step, 0, 0, &workspace, nullptr), "plan");
   check(cudaDeviceSynchronize(), "plan");
+  const std::vector<float> matrices = small_feedback(kv_heads, head_dim);
+  const Device<float> on_device(matrices);
+  const float* feedback = c.feed ? on_device.data() : nullptr;
   const auto launch = [&](cudaStream_t stream, int layer) {
     const kvarn_pages pages = step.pages(layer);
-    check(
-        kvarn_cuda_append(&layout, &pages, &device_step, &k_rows, &v_rows, KVARN_WEIGHTED, nullptr, &workspace, stream),
-        "append");
+    check(kvarn_cuda_append(&layout, &pages, &device_step, &k_rows, &v_rows, KVARN_WEIGHTED, feedback, nullptr,
+                            &workspace, stream),
+          "append");
   };
-  host.append(starts, c.lengths, k.host(), v.host());
+  host.append(starts, c.lengths, k.host(), v.host(), c.feed ? matrices.data() : nullptr);
   const auto compare = [&](int layer, const char* when) {
     std::vector<uint8_t> got(static_cast<size_t>(step.layer_bytes()));
     check(cudaMemcpy(got.data(), step.pages(layer).data, got.size(), cudaMemcpyDeviceToHost), "pages");

@@ -117,7 +117,7 @@ inline void decode_step(Bench& bench, const Shape& s) {
       a.plan(stream);
       for (int layer = 0; layer < a.step.layers(); ++layer) {
         const kvarn_pages pages = a.step.pages(layer);
-        check(kvarn_cuda_append(&a.layout, &pages, &a.device_step, &k_rows, &v_rows, KVARN_WEIGHTED, nullptr,
+        check(kvarn_cuda_append(&a.layout, &pages, &a.device_step, &k_rows, &v_rows, KVARN_WEIGHTED, nullptr, nullptr,
                                 &a.workspace, stream),
               "append");
         a.attend(stream, layer);

@@ -56,15 +56,15 @@ inline void prefill(Bench& bench, const Shape& s) {
     check(kvarn_cuda_plan(&layout, &device_step, 0, 0, &workspace, nullptr), "plan");
     for (int layer = 0; layer < step.layers(); ++layer) {
       const kvarn_pages pages = step.pages(layer);
-      check(kvarn_cuda_append(&layout, &pages, &device_step, &k_rows, &v_rows, KVARN_WEIGHTED, nullptr, &workspace,
-                              nullptr),
+      check(kvarn_cuda_append(&layout, &pages, &device_step, &k_rows, &v_rows, KVARN_WEIGHTED, nullptr, nullptr,
+                              &workspace, nullptr),
             "append");
     }
     const int32_t sequences = own + 2, width = tiles + 1, room = tiles + own;
     const Device<int32_t> table(static_cast<size_t>(sequences * width)), lengths(static_cast<size_t>(sequences));
     const Device<int32_t> starts(static_cast<size_t>(sequences) + 1), overflow(1);
-    const kvarn_cuda_prefill tables{0,              1,             width, sequences,      table.data(),
-                                    lengths.data(), starts.data(), room,  overflow.data()};
+    const kvarn_cuda_prefill tables{
+        0, 1, width, sequences, table.data(), lengths.data(), starts.data(), room, overflow.data()};
     Rows k(int64_t{room} * layout.page_tokens, s.kv_heads, s.head_dim, KVARN_FLOAT16);
     Rows v(int64_t{room} * layout.page_tokens, s.kv_heads, s.head_dim, KVARN_FLOAT16);
     const auto launch = [&](cudaStream_t stream, int layer) {

@@ -40,6 +40,8 @@ ROWS = {2: 1.05, 4: 1.4}  # times one row, at most, at 32x8192
 APPEND_US = {
     "prefill, 128 tiles complete, 8 heads D128, batch 1": 250,
     "decode, 128 of 128 tiles complete, 8 heads D128, batch 128": 250,
+    "prefill, 128 tiles complete, feedback, 8 heads D128, batch 1": 310,
+    "decode, 128 of 128 tiles complete, feedback, 8 heads D128, batch 128": 310,
     "decode, 1 of 1 tiles complete, 8 heads D128, batch 1": 25,
     "decode, none complete, 8 heads D128, batch 32": 2.5,
 }

@@ -92,8 +92,9 @@ struct Scores {
 
 inline Status append(const Layout& layout, const kvarn_pages& pages, const kvarn_batch& batch, const kvarn_rows& k,
                      const kvarn_rows& v, const kvarn_workspace& workspace, kvarn_encoder encoder = KVARN_WEIGHTED,
-                     const kvarn_options* options = nullptr, int64_t* replaced = nullptr) {
-  return Status(kvarn_append(&layout, &pages, &batch, &k, &v, encoder, &workspace, options, replaced));
+                     const kvarn_options* options = nullptr, int64_t* replaced = nullptr,
+                     const float* feedback = nullptr) {
+  return Status(kvarn_append(&layout, &pages, &batch, &k, &v, encoder, feedback, &workspace, options, replaced));
 }
 
 inline Status attend(const Layout& layout, const kvarn_pages& pages, const kvarn_batch& batch, const kvarn_rows& q,

@@ -101,7 +101,8 @@ void plan(const kvarn_layout& layout, const Step& step, int32_t query_heads, int
 }
 
 void append(const kvarn_layout& layout, const Pages& pages, const Step& step, const Rows& k, const Rows& v,
-            const std::string& encoder, Address replaced, const Workspace& workspace, const Queue& queue) {
+            const std::string& encoder, Address feedback, Address replaced, const Workspace& workspace,
+            const Queue& queue) {
   if (encoder != "weighted" && encoder != "varnorm")
     throw nb::value_error(("encoder \"" + encoder + "\" is unknown; allowed: weighted, varnorm").c_str());
   const kvarn_pages pool = pages_of(pages);
@@ -109,8 +110,8 @@ void append(const kvarn_layout& layout, const Pages& pages, const Step& step, co
   const kvarn_rows k_rows = in(k), v_rows = in(v);
   const kvarn_cuda_workspace space = workspace_of(workspace);
   check(kvarn_cuda_append(&layout, &pool, &this_step, &k_rows, &v_rows,
-                          encoder == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED, pointer<int64_t>(replaced), &space,
-                          stream_of(queue)));
+                          encoder == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED, pointer<const float>(feedback),
+                          pointer<int64_t>(replaced), &space, stream_of(queue)));
 }
 
 void attend(const kvarn_layout& layout, const Pages& pages, const Step& step, const Rows& q, const Rows& result,

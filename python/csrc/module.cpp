@@ -125,6 +125,23 @@ kvarn_workspace workspace_of(const Array& workspace) {
   return {workspace.data(), static_cast<int64_t>(workspace.size())};
 }
 
+// float32 [kv_heads][head_dim][head_dim], contiguous
+const float* feedback_of(const ReadOnly& feedback, const kvarn_layout& layout) {
+  want_dimensions("feedback", feedback, 3);
+  if (feedback.dtype() != nb::dtype<float>()) throw nb::type_error("feedback must be float32");
+  const int64_t heads = layout.kv_heads, head_dim = layout.head_dim;
+  const auto size = [&](size_t i) { return static_cast<int64_t>(feedback.shape(i)); };
+  if (size(0) != heads || size(1) != head_dim || size(2) != head_dim)
+    throw nb::value_error(concatenate("feedback has shape ", shape_of(feedback), "; it must have [",
+                                      std::to_string(heads), ", ", std::to_string(head_dim), ", ",
+                                      std::to_string(head_dim), "]")
+                              .c_str());
+  if (feedback.stride(2) != 1 || feedback.stride(1) != head_dim ||
+      (heads > 1 && feedback.stride(0) != head_dim * head_dim))
+    throw nb::value_error("feedback must be contiguous");
+  return static_cast<const float*>(feedback.data());
+}
+
 struct Options {
   kvarn_executor executor = openmp();
   kvarn_options options;
@@ -148,7 +165,8 @@ int64_t workspace_bytes(const kvarn_layout& layout, int64_t tokens, int64_t requ
 
 int64_t append(const kvarn_layout& layout, const Array& pages, const ReadOnly& block_table, const ReadOnly& seq_lens,
                const ReadOnly& query_starts, const ReadOnly& k, const ReadOnly& v, const Array& workspace,
-               const std::string& encoder, const std::optional<std::string>& target) {
+               const std::string& encoder, const std::optional<std::string>& target,
+               const std::optional<ReadOnly>& feedback) {
   if (encoder != "weighted" && encoder != "varnorm")
     throw nb::value_error(concatenate("encoder \"", encoder, "\" is unknown; allowed: weighted, varnorm").c_str());
   const kvarn_pages pool = pages_of(pages, layout);
@@ -158,11 +176,13 @@ int64_t append(const kvarn_layout& layout, const Array& pages, const ReadOnly& b
   const kvarn_workspace space = workspace_of(workspace);
   const Options options(target);
   const kvarn_encoder code = encoder == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED;
+  const float* matrices = feedback ? feedback_of(*feedback, layout) : nullptr;
   int64_t replaced = 0;
   kvarn_status status;
   {
     nb::gil_scoped_release release;
-    status = kvarn_append(&layout, &pool, &batch, &k_rows, &v_rows, code, &space, &options.options, &replaced);
+    status =
+        kvarn_append(&layout, &pool, &batch, &k_rows, &v_rows, code, matrices, &space, &options.options, &replaced);
   }
   check(status);
   return replaced;
@@ -276,7 +296,7 @@ NB_MODULE(_core, m) {
   m.def("workspace_bytes", workspace_bytes, "layout"_a, "tokens"_a, "requests"_a, "query_heads"_a, "max_seq_len"_a,
         "threads"_a.none());
   m.def("append", append, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "query_starts"_a, "k"_a, "v"_a,
-        "workspace"_a, "encoder"_a, "target"_a.none());
+        "workspace"_a, "encoder"_a, "target"_a.none(), "feedback"_a.none());
   m.def("attend", attend, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "query_starts"_a, "q"_a, "out"_a,
         "scale"_a, "soft_cap"_a, "workspace"_a, "target"_a.none());
   m.def("expand", expand, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "k"_a, "v"_a, "workspace"_a,

@@ -22,6 +22,7 @@ cuda_missing() why not.
 from __future__ import annotations
 
 from kvarn._core import FORMAT_VERSION, __version__, cuda_missing, cuda_shapes, presets, target, targets
+from kvarn._feedback import feedback
 from kvarn.layout import Layout
 from kvarn.verbs import ENCODERS, append, attend, expand, rotate, workspace_bytes
 
@@ -38,6 +39,7 @@ __all__ = [
     "cuda_missing",
     "cuda_shapes",
     "expand",
+    "feedback",
     "plan",
     "presets",
     "rotate",

@@ -26,15 +26,18 @@ def plan(core, workspace, limits, step, query_heads: int, window: int) -> None:
         _core.cuda_plan(core, step, query_heads, window, space(workspace, limits), queue(workspace.device))
 
 
-def append(core, workspace, limits, step, pages, k, v, encoder: str, replaced) -> None:
+def append(core, workspace, limits, step, pages, k, v, encoder: str, feedback, replaced) -> None:
     device = workspace.device
+    matrices = 0 if feedback is None else feedback_of(core, feedback, device)
     count = 0 if replaced is None else want("replaced", replaced, torch.int64, None, device).data_ptr()
     if replaced is not None and replaced.numel() < 1:
         raise ValueError("replaced has no element to count in")
     k_rows, v_rows = rows("k", k, core.head_dim, device), rows("v", v, core.head_dim, device)
     memory = pool(core, pages, device), step
     with on(device):
-        _core.cuda_append(core, *memory, k_rows, v_rows, encoder, count, space(workspace, limits), queue(device))
+        _core.cuda_append(
+            core, *memory, k_rows, v_rows, encoder, matrices, count, space(workspace, limits), queue(device)
+        )  # fmt: skip
 
 
 def attend(core, workspace, limits, step, pages, q, out, scale, soft_cap, window: int, sinks) -> None:
@@ -98,6 +101,16 @@ def vector(name: str, x, dtype, length: int, device) -> int:
     if length > 1 and x.stride(0) != 1:
         raise ValueError(f"{name} must be contiguous")
     return x.data_ptr()
+
+
+def feedback_of(core, feedback, device) -> int:
+    want("feedback", feedback, torch.float32, 3, device)
+    shape = [core.kv_heads, core.head_dim, core.head_dim]
+    if list(feedback.shape) != shape:
+        raise ValueError(f"feedback has shape {list(feedback.shape)}; it must have {shape}")
+    if not feedback.is_contiguous():
+        raise ValueError("feedback must be contiguous")
+    return feedback.data_ptr()
 
 
 def rows(name: str, x, head_dim: int, device) -> tuple:

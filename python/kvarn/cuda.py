@@ -134,7 +134,7 @@ def plan(
 
 
 def append(
-    layout, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, slots, plan_, replaced
+    layout, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, feedback, slots, plan_, replaced
 ) -> None:
     """kvarn.append on CUDA tensors."""
     made = _plan_of(plan_, layout, block_table, seq_lens, query_starts, k, 0, 0, slots, workspace)
@@ -142,11 +142,13 @@ def append(
     if torch.compiler.is_compiling():
         torch.ops.kvarn.append(
             pages, space.tensor, list(space.limits), layout.preset, layout.head_dim, layout.kv_heads, table,
-            made.seq_lens, made.query_starts, made.slots, made.max_query_len, k, v, encoder, replaced,
+            made.seq_lens, made.query_starts, made.slots, made.max_query_len, k, v, encoder, feedback, replaced,
         )  # fmt: skip
     else:
         _same_rows("k", k, made)
-        _launch.append(_core_of(layout), space.tensor, space.limits, made.step(table), pages, k, v, encoder, replaced)
+        _launch.append(
+            _core_of(layout), space.tensor, space.limits, made.step(table), pages, k, v, encoder, feedback, replaced
+        )  # fmt: skip
 
 
 def attend(

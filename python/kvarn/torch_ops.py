@@ -50,16 +50,16 @@ def plan(
 
 @_define(
     f"append(Tensor(a!) pages, Tensor(b!) workspace, int[] limits, {_LAYOUT}, {_STEP}, SymInt max_query_len, Tensor k, "
-    "Tensor v, str encoder, Tensor(c!)? replaced) -> ()",
+    "Tensor v, str encoder, Tensor? feedback, Tensor(c!)? replaced) -> ()",
     _writes_only,
 )
 def append(
     pages, workspace, limits, preset, head_dim, kv_heads, block_table, seq_lens, query_starts, slots, max_query_len, k,
-    v, encoder, replaced,
+    v, encoder, feedback, replaced,
 ):  # fmt: skip
     step = _launch.step(block_table, seq_lens, query_starts, slots, k.shape[0], max_query_len, workspace.device)
     core = _launch.core_layout(preset, head_dim, kv_heads)
-    _launch.append(core, workspace, limits, step, pages, k, v, encoder, replaced)
+    _launch.append(core, workspace, limits, step, pages, k, v, encoder, feedback, replaced)
 
 
 @_define(

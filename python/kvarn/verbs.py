@@ -35,6 +35,7 @@ def append(
     encoder: str = "weighted",
     target: str | None = None,
     *,
+    feedback=None,
     slots=None,
     plan=None,
     replaced=None,
@@ -47,6 +48,9 @@ def append(
                attend of the same step and layer must get the same one
     encoder    "weighted" (default) or "varnorm" (the published algorithm)
     target     None, or a name of kvarn.targets()
+    feedback   None, or float32 [kv_heads, head_dim, head_dim] from kvarn.feedback, on the device of pages: K is rounded
+               for the queries that will read it ("weighted" only). Records depend on it: give a cache the same one for
+               its whole life
     Returns how many elements of k and v were replaced: NaN by 0, magnitudes above 65504 by 65504.
 
     On CUDA tensors, on torch's current stream and without waiting for it; returns None:
@@ -59,13 +63,14 @@ def append(
     if cuda := _cuda(pages):
         _no_target(target)
         return cuda.append(
-            layout, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, slots, plan, replaced
-        )
+            layout, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, feedback, slots, plan,
+            replaced,
+        )  # fmt: skip
     _cuda_only(slots=slots, plan=plan, replaced=replaced)
     core = _layout(layout)
     if workspace is None:
         workspace = _default_workspace(core, block_table, seq_lens, k, 0)
-    return _core.append(core, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, target)
+    return _core.append(core, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, target, feedback)
 
 
 def attend(

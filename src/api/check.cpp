@@ -110,6 +110,18 @@ kvarn_status check_rows(const char* what, const void* data, kvarn_dtype dtype, i
   return KVARN_OK;
 }
 
+kvarn_status check_encoder(kvarn_encoder encoder, const float* feedback, uintptr_t alignment) {
+  if (encoder != KVARN_WEIGHTED && encoder != KVARN_VARNORM)
+    return fail(KVARN_BAD_ARGUMENT, "encoder code %d is unknown; allowed: KVARN_WEIGHTED, KVARN_VARNORM",
+                static_cast<int>(encoder));
+  if (feedback != nullptr && encoder != KVARN_WEIGHTED)
+    return fail(KVARN_BAD_ARGUMENT, "the encoder varnorm takes no feedback; use weighted, or feedback NULL");
+  if (!aligned(feedback, alignment))
+    return fail(KVARN_MISALIGNED, "feedback is at %p; it must be aligned to %d bytes",
+                static_cast<const void*>(feedback), static_cast<int>(alignment));
+  return KVARN_OK;
+}
+
 kvarn_status check_workspace(const kvarn_workspace* workspace, int64_t bytes) {
   if (workspace == nullptr || workspace->data == nullptr)
     return fail(KVARN_NULL_POINTER, "workspace is null; this step needs %lld bytes (kvarn_workspace_bytes)",

@@ -31,6 +31,8 @@ kvarn_status check_rows(const char* what, const Rows* rows, int64_t tokens, int6
   return check_rows(what, rows->data, rows->dtype, rows->tokens, rows->heads, rows->token_stride, rows->head_stride,
                     tokens, heads, head_dim);
 }
+// What append's verbs know of their encoder and feedback; `alignment` of the latter in bytes.
+kvarn_status check_encoder(kvarn_encoder encoder, const float* feedback, uintptr_t alignment);
 kvarn_status check_workspace(const kvarn_workspace* workspace, int64_t bytes);
 
 template <class First, class End>

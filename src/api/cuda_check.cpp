@@ -121,15 +121,13 @@ kvarn_status check_plan(const kvarn_layout* layout, const kvarn_cuda_step* step,
 }
 
 kvarn_status check_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_cuda_step* step,
-                          const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder, const int64_t* replaced,
-                          const kvarn_cuda_workspace* workspace) {
+                          const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder, const float* feedback,
+                          const int64_t* replaced, const kvarn_cuda_workspace* workspace) {
   KVARN_TRY(check_shape(layout));
   KVARN_TRY(check_memory(*layout, workspace));
   KVARN_TRY(check_step(step, workspace->limits));
   KVARN_TRY(check_pool(*layout, pages, step->batch));
-  if (encoder != KVARN_WEIGHTED && encoder != KVARN_VARNORM)
-    return fail(KVARN_BAD_ARGUMENT, "encoder code %d is unknown; allowed: KVARN_WEIGHTED, KVARN_VARNORM",
-                static_cast<int>(encoder));
+  KVARN_TRY(check_encoder(encoder, feedback, 16));
   KVARN_TRY(check_rows("k", k, step->tokens, layout->kv_heads, layout->head_dim));
   KVARN_TRY(check_rows("v", v, step->tokens, layout->kv_heads, layout->head_dim));
   if (!aligned(replaced, 8)) return fail(KVARN_MISALIGNED, "replaced must be aligned to its int64 element");

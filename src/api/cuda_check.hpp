@@ -11,8 +11,8 @@ kvarn_status check_workspace_bytes(const kvarn_layout* layout, const kvarn_cuda_
 kvarn_status check_plan(const kvarn_layout* layout, const kvarn_cuda_step* step, int32_t query_heads, int32_t window,
                         const kvarn_cuda_workspace* workspace);
 kvarn_status check_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_cuda_step* step,
-                          const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder, const int64_t* replaced,
-                          const kvarn_cuda_workspace* workspace);
+                          const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder, const float* feedback,
+                          const int64_t* replaced, const kvarn_cuda_workspace* workspace);
 kvarn_status check_attend(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_cuda_step* step,
                           const kvarn_rows* q, const kvarn_rows_out* out, const kvarn_cuda_attention* attention,
                           const kvarn_cuda_workspace* workspace);

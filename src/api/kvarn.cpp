@@ -90,13 +90,11 @@ extern "C" kvarn_status kvarn_workspace_bytes(const kvarn_layout* layout, int64_
 
 extern "C" kvarn_status kvarn_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch,
                                      const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder,
-                                     const kvarn_workspace* workspace, const kvarn_options* options,
-                                     int64_t* replaced) {
+                                     const float* feedback, const kvarn_workspace* workspace,
+                                     const kvarn_options* options, int64_t* replaced) {
   const Kernels* kernels;
   KVARN_TRY(check_step(layout, pages, batch, options, &kernels));
-  if (encoder != KVARN_WEIGHTED && encoder != KVARN_VARNORM)
-    return fail(KVARN_BAD_ARGUMENT, "encoder code %d is unknown; allowed: KVARN_WEIGHTED, KVARN_VARNORM",
-                static_cast<int>(encoder));
+  KVARN_TRY(check_encoder(encoder, feedback, alignof(float)));
   const Step step{*layout, *pages, *batch};
   KVARN_TRY(check_rows("k", k, step.tokens(), layout->kv_heads, layout->head_dim));
   KVARN_TRY(check_rows("v", v, step.tokens(), layout->kv_heads, layout->head_dim));
@@ -109,7 +107,7 @@ extern "C" kvarn_status kvarn_append(const kvarn_layout* layout, const kvarn_pag
       WorkspaceMap::make(*layout, step.tokens() + step.staged_tokens(), step.tokens(), batch->requests, threads, 0);
   KVARN_TRY(check_workspace(workspace, map.bytes));
   const Workspace space{static_cast<uint8_t*>(workspace->data), map, *layout};
-  const int64_t count = append(step, space, *kernels, executor_of(options), *k, *v, encoder);
+  const int64_t count = append(step, space, *kernels, executor_of(options), *k, *v, encoder, feedback);
   if (replaced != nullptr) *replaced = count;
   return KVARN_OK;
 }

@@ -64,7 +64,8 @@ bool load_query(const void* in, kvarn_dtype dtype, int head_dim, float factor, f
   return finite;
 }
 
-void encode(const kvarn_layout& layout, kvarn_encoder encoder, const RawTile& raw, uint8_t* record, Scratch& scratch) {
+void encode(const kvarn_layout& layout, kvarn_encoder encoder, const float* feedback, const RawTile& raw,
+            uint8_t* record, Scratch& scratch) {
   const int tokens = layout.page_tokens, head_dim = layout.head_dim;
   for (int t = 0; t < tokens; ++t)
     for (int d = 0; d < head_dim; ++d) {
@@ -80,6 +81,7 @@ void encode(const kvarn_layout& layout, kvarn_encoder encoder, const RawTile& ra
   } else {
     const codec::TokenWeights weights = codec::token_weights(scratch.k, scratch.v, tokens, head_dim);
     codec::weighted(k, weights, ek);
+    if (feedback != nullptr) codec::feed_back(k, feedback, ek);
     codec::weighted(v, weights, ev);
   }
   codec::pack(ek.codes, tokens, head_dim, layout.k_bits, record + layout.k_codes);

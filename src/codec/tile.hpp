@@ -39,7 +39,9 @@ struct TokenWeights {
 TokenWeights token_weights(const float* k, const float* v, int tokens, int head_dim);
 
 void weighted(const Tile& tile, const TokenWeights& weights, Encoded& out);  // section 6
-void varnorm(const Tile& tile, Encoded& out, float* scratch);                // section 7; scratch [rows * columns]
+// K's codes anew, with the errors of later channels fed back through b [channel][channel]; the grid is weighted's.
+void feed_back(const Tile& k, const float* b, Encoded& grid);
+void varnorm(const Tile& tile, Encoded& out, float* scratch);  // section 7; scratch [rows * columns]
 
 // codes [rows][columns] to and from the fragment order of section 4.
 void pack(const uint8_t* codes, int rows, int columns, int bits, uint8_t* out);

@@ -41,15 +41,10 @@ struct Fit {
     for (int t = 0; t < m.columns; ++t) grid.c[t] = f16(clamp(norm[t] * inverse, 0x1p-8f, 0x1p8f));
   }
 
-  void range(int i, float& lo, float& hi) const {
-    lo = hi = x(i, 0);
-    for (int j = 1; j < m.columns; ++j) lo = smaller(lo, x(i, j)), hi = larger(hi, x(i, j));
-  }
-
   void start(int i) {
-    const float f = m.bits == 2 ? .65f : m.bits == 3 ? .75f : m.bits == 4 ? .9f : 1.0f;
-    float lo, hi;
-    range(i, lo, hi);
+    const float f = m.bits == 2 ? .65f : m.side == Side::kKeys ? 1.0f : m.bits == 3 ? .75f : m.bits == 4 ? .9f : 1.0f;
+    float lo = x(i, 0), hi = lo;
+    for (int j = 1; j < m.columns; ++j) lo = smaller(lo, x(i, j)), hi = larger(hi, x(i, j));
     const float width = hi - lo;
     grid.s[i] = f * width / m.qmax();
     grid.z[i] = (lo + hi) * .5f - f * width * .5f;
@@ -111,19 +106,6 @@ struct Fit {
     grid.z[i] = f16(mx - (my - grid.z[i]) * g);
   }
 
-  // NM: token norm, then plain minimum and maximum.
-  void norm_and_range() {
-    token_norm();
-    for (int i = 0; i < m.rows; ++i) {
-      float lo, hi;
-      range(i, lo, hi);
-      grid.s[i] = (hi - lo) / m.qmax();
-      grid.z[i] = lo;
-    }
-    round_grid();
-    write_codes();
-  }
-
   void fit() {
     if (m.side == Side::kKeys)
       token_norm();
@@ -167,12 +149,6 @@ TokenWeights token_weights(const float* k, const float* v, int tokens, int head_
   return out;
 }
 
-void weighted(const Tile& tile, const TokenWeights& weights, Encoded& out) {
-  Fit fit{tile, weights, out};
-  if (tile.side == Side::kKeys && tile.bits >= 3)
-    fit.norm_and_range();
-  else
-    fit.fit();
-}
+void weighted(const Tile& tile, const TokenWeights& weights, Encoded& out) { Fit{tile, weights, out}.fit(); }
 
 }  // namespace kvarn::codec

@@ -15,8 +15,8 @@ static void transpose(const float* in, int tokens, int head_dim, float* out) {
         for (int t = t0; t < t0 + 16; ++t) out[d * tokens + t] = in[t * head_dim + d];
 }
 
-static void encode(const kvarn_layout& layout, kvarn_encoder encoder, const RawTile& raw, uint8_t* record,
-                   Scratch& scratch) {
+static void encode(const kvarn_layout& layout, kvarn_encoder encoder, const float* feedback, const RawTile& raw,
+                   uint8_t* record, Scratch& scratch) {
   const int tokens = layout.page_tokens, head_dim = layout.head_dim;
   float *k = scratch.k, *v_rows = scratch.work, *v = scratch.v;
   for (int t = 0; t < tokens; ++t)
@@ -36,6 +36,10 @@ static void encode(const kvarn_layout& layout, kvarn_encoder encoder, const RawT
     TokenWeights weights;
     token_weights(k, v_rows, tokens, head_dim, weights);
     weighted(k, head_dim, tokens, layout.k_bits, true, weights, ek);
+    if (feedback != nullptr) {
+      transpose(k, tokens, head_dim, scratch.work);
+      feed_back(scratch.work, head_dim, tokens, layout.k_bits, feedback, ek);
+    }
     weighted(v, tokens, head_dim, layout.v_bits, false, weights, ev);
   }
   pack(ek.codes, tokens, head_dim, layout.k_bits, record + layout.k_codes);

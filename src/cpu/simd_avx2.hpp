@@ -34,6 +34,7 @@ KVARN_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu
 KVARN_INLINE F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 KVARN_INLINE F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }  // x < y ? x : y
 KVARN_INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }  // x > y ? x : y
+KVARN_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 KVARN_INLINE F sqrt(F x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
 KVARN_INLINE F rint(F x) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;

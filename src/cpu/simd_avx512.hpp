@@ -23,6 +23,7 @@ KVARN_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 KVARN_INLINE F set(float x) { return _mm512_set1_ps(x); }
 KVARN_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }  // a < b ? a : b
 KVARN_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }  // a > b ? a : b
+KVARN_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 KVARN_INLINE F sqrt(F x) { return _mm512_sqrt_ps(x); }
 KVARN_INLINE F rint(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 KVARN_INLINE F abs(F x) { return _mm512_abs_ps(x); }

@@ -12,6 +12,7 @@
 #include "cpu/rotate.inl"
 #include "cpu/codes.inl"
 #include "cpu/weighted.inl"
+#include "cpu/feedback.inl"
 #include "cpu/varnorm.inl"
 #include "cpu/encode.inl"
 #include "cpu/product.inl"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The encoder `weighted` (specification section 6), 16 rows in the lanes of a vector. Bit-equal to codec/weighted.cpp.
 //
-// A tile is [column][row] in floats: K [token][channel], V [channel][token]. About 165 operations an element for FIT,
-// 20 for NM; one pass over the tile (64 KiB at 128 x 128) per line of the specification that sums or takes codes.
+// A tile is [column][row] in floats: K [token][channel], V [channel][token]. About 165 operations an element; one
+// pass over the tile (64 KiB at 128 x 128) per line of the specification that sums or takes codes.
 namespace kvarn::KVARN_CPU {
 
 struct TokenWeights {
@@ -76,19 +76,14 @@ struct Fit {
       store(grid.c + t, round_f16(clamp(load(norm + t) * scale, set(0x1p-8f), set(0x1p8f))));
   }
 
-  KVARN_INLINE void range(int i, F& lo, F& hi) const {
-    lo = hi = x(i, 0);
+  KVARN_INLINE void start(int i, F& s, F& z) const {
+    const float fraction = bits == 2 ? .65f : keys ? 1.0f : bits == 3 ? .75f : bits == 4 ? .9f : 1.0f;
+    F lo = x(i, 0), hi = lo;
     for (int j = 1; j < columns; ++j) {
       const F value = x(i, j);
       lo = min(lo, value);
       hi = max(hi, value);
     }
-  }
-
-  KVARN_INLINE void start(int i, F& s, F& z) const {
-    const float fraction = bits == 2 ? .65f : bits == 3 ? .75f : bits == 4 ? .9f : 1.0f;
-    F lo, hi;
-    range(i, lo, hi);
     const F f = set(fraction), width = hi - lo;
     s = f * width / set(qmax());
     z = (lo + hi) * set(.5f) - f * width * set(.5f);
@@ -170,19 +165,6 @@ struct Fit {
     store(grid.z + i, round_f16(mx - (my - z) * g));
   }
 
-  void norm_and_range() {
-    token_norm();
-    columns_changed();
-    for (int i = 0; i < rows; i += 16) {
-      F lo, hi;
-      range(i, lo, hi);
-      store(grid.s + i, (hi - lo) / set(qmax()));
-      store(grid.z + i, lo);
-    }
-    round_grid();
-    write_codes();
-  }
-
   void fit() {
     if (keys)
       token_norm();
@@ -217,11 +199,7 @@ struct Fit {
 
 static void weighted(const float* m, int rows, int columns, int bits, bool keys, const TokenWeights& weights,
                      EncodedTile& out) {
-  Fit fit{m, rows, columns, bits, keys, weights, out, {}, {}, 0};
-  if (keys && bits >= 3)
-    fit.norm_and_range();
-  else
-    fit.fit();
+  Fit{m, rows, columns, bits, keys, weights, out, {}, {}, 0}.fit();
 }
 
 }  // namespace kvarn::KVARN_CPU

@@ -7,9 +7,9 @@
 namespace kvarn::cuda {
 
 cudaError_t append(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
-                   int64_t* replaced) {
+                   const float* feedback, int64_t* replaced) {
   return dispatch(launch.layout,
-                  [&](auto shape) { return append_shape<decltype(shape)>(launch, k, v, encoder, replaced); });
+                  [&](auto shape) { return append_shape<decltype(shape)>(launch, k, v, encoder, feedback, replaced); });
 }
 
 }  // namespace kvarn::cuda

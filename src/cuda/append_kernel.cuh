@@ -18,32 +18,48 @@ namespace kvarn::cuda {
 // for the most tiles a second, since then one computes while the other waits.
 inline constexpr int kFastThreads = 512, kManyThreads = 256;
 
+// What a CTA packs of a pair (completed tile, head).
+enum class Half { kKeys, kValues, kBoth };
+
 template <class Shape, int kThreads, kvarn_encoder kEncoder, bool kValues, class Memory>
-__device__ inline void pack(const AppendArguments& a, const Completed& c, int head, Memory& memory) {
+__device__ inline void encode(Memory& memory, const float* feedback, uint8_t* record) {
   using Is = EncodeShape<kThreads, kValues ? Side::kValues : Side::kKeys, Shape::page_tokens, Shape::head_dim,
                          kValues ? Shape::v_bits : Shape::k_bits>;
-  const auto norms = [&](Real* to) {
-    token_norms<kThreads, Shape::page_tokens, Shape::head_dim>(memory.values, to);
-    __syncthreads();
-  };
-  if constexpr (kEncoder == KVARN_WEIGHTED && Weighted<Is, Memory>::kKeys && Weighted<Is, Memory>::kFit) {
-    gather<Shape, kThreads>(a, c, head, true, false, memory);  // V first, for the weights of its tokens
-    __syncthreads();
-    norms(memory.norm[1]);
-  }
-  gather<Shape, kThreads>(a, c, head, kValues, true, memory);
-  __syncthreads();
-  if constexpr (kEncoder == KVARN_WEIGHTED) {
-    norms(memory.norm[0]);
-    Weighted<Is, Memory>{memory}.encode();
-  } else {
+  if constexpr (kEncoder == KVARN_WEIGHTED)
+    Weighted<Is, Memory>{memory}.encode(feedback);
+  else
     Varnorm<Is, Memory>{memory}.encode();
-  }
   __syncthreads();
-  write_record<Shape, Is>(memory, Places<Shape>{a}.region(c.tile.request, c.tile.tile, head));
+  write_record<Shape, Is>(memory, kEncoder == KVARN_WEIGHTED ? 1 / kLift : 1, record);
 }
 
-// Every CTA writes its share of the tails, then packs pairs (completed tile, head), V's before K's, which are cheaper.
+template <class Shape, int kThreads, kvarn_encoder kEncoder, class Memory>
+__device__ inline void pack(const AppendArguments& a, const Completed& c, int head, Half half, Memory& memory) {
+  constexpr bool kWeighted = kEncoder == KVARN_WEIGHTED;
+  uint8_t* record = Places<Shape>{a}.region(c.tile.request, c.tile.tile, head);
+  const auto load = [&](bool values, bool store, Real* norms) {
+    gather<Shape, kThreads>(a, c, head, values, store, memory);
+    __syncthreads();
+    if constexpr (kWeighted) {
+      token_norms<kThreads, Shape::page_tokens, Shape::head_dim>(memory.values, norms);
+      __syncthreads();
+    }
+  };
+  // V first: its norms are in the weights of K's tokens.
+  if (kWeighted || half != Half::kKeys) load(true, half != Half::kKeys, memory.v_norm);
+  if (half != Half::kKeys) {
+    encode<Shape, kThreads, kEncoder, true>(memory, nullptr, record);
+    __syncthreads();
+  }
+  if (half != Half::kValues) {
+    load(false, true, memory.k_norm);
+    const float* b = a.feedback == nullptr ? nullptr : a.feedback + head * (Shape::head_dim * Shape::head_dim);
+    encode<Shape, kThreads, kEncoder, false>(memory, b, record);
+  }
+}
+
+// Every CTA writes its share of the tails, then packs pairs (completed tile, head): both halves where there is a pair
+// for every CTA, so that V is read and rotated once; else K and V in different CTAs.
 template <class Shape, int kThreads, kvarn_encoder kEncoder>
 __global__ __launch_bounds__(kThreads,
                              kFastThreads / kThreads) void append_kernel(const __grid_constant__ AppendArguments a) {
@@ -55,14 +71,13 @@ __global__ __launch_bounds__(kThreads,
   const PlanHeader header = *a.plan.header;
   write_tails<Shape, kThreads>(a);
   const int64_t pairs = int64_t{header.packs} * a.kv_heads;
-  for (int64_t item = blockIdx.x; item < 2 * pairs; item += gridDim.x) {
+  const bool both = pairs >= gridDim.x;
+  for (int64_t item = blockIdx.x; item < (both ? 1 : 2) * pairs; item += gridDim.x) {
     const int pair = static_cast<int>(item < pairs ? item : item - pairs), head = pair % a.kv_heads;
     const Completed c = find_completed<Shape, kThreads>(a, header.tiles, pair / a.kv_heads);
     if (c.tile.rows == 0) return;
-    if (item < pairs)
-      pack<Shape, kThreads, kEncoder, true>(a, c, head, memory);
-    else
-      pack<Shape, kThreads, kEncoder, false>(a, c, head, memory);
+    const Half half = both ? Half::kBoth : item < pairs ? Half::kKeys : Half::kValues;
+    pack<Shape, kThreads, kEncoder>(a, c, head, half, memory);
   }
 }
 
@@ -83,7 +98,7 @@ cudaError_t launch_append(const AppendArguments& a, int64_t completed, int64_t m
 
 template <class Shape>
 cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
-                         int64_t* replaced) {
+                         const float* feedback, int64_t* replaced) {
   const kvarn_cuda_step& step = launch.step;
   const int32_t heads = launch.layout.kv_heads, requests = step.batch.requests;
   if (requests == 0 || step.tokens == 0 || step.max_query_len == 0) return cudaSuccess;
@@ -100,6 +115,7 @@ cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_
                           heads,
                           make_rows(k),
                           make_rows(v),
+                          feedback,
                           reinterpret_cast<unsigned long long*>(replaced),
                           2 * heads * std::min(step.max_query_len, Shape::page_tokens - 1)};
   // A request can have to stage only if n + 1 rows lie behind the edge of a tile that it was in.

@@ -63,9 +63,9 @@ __device__ inline void pack_plane(const uint16_t* codes, uint8_t* out) {
   }
 }
 
-// Shape is the record's, Is the tile's.
+// Shape is the record's, Is the tile's; unit is that of the rows' s.
 template <class Shape, class Is, class Memory>
-__device__ inline void write_record(const Memory& memory, uint8_t* record) {
+__device__ inline void write_record(const Memory& memory, float unit, uint8_t* record) {
   constexpr bool kKeys = Is::side == Side::kKeys;
   constexpr int kCodes = kKeys ? Shape::layout.k_codes : Shape::layout.v_codes;
   constexpr int kScale = kKeys ? Shape::layout.k_scale : Shape::layout.v_scale;
@@ -77,7 +77,7 @@ __device__ inline void write_record(const Memory& memory, uint8_t* record) {
 
   const int i = threadIdx.x;
   if (i < Is::rows) {
-    reinterpret_cast<__half*>(record + kScale)[i] = to_f16(memory.row[i].s);
+    reinterpret_cast<__half*>(record + kScale)[i] = to_f16(memory.row[i].s * Real(unit));
     reinterpret_cast<__half*>(record + kZero)[i] = to_f16(memory.row[i].z);
   }
   if (i < Is::columns) reinterpret_cast<__half*>(record + kColumn)[i] = to_f16(memory.column[i]);

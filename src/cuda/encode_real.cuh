@@ -38,7 +38,6 @@ inline constexpr float kRounder = 12582912.0f;
 __device__ inline uint16_t rounded_bits(Real x) {
   return static_cast<uint16_t>(__float_as_uint((x + Real(kRounder)).value) & 0xffffu);
 }
-__device__ inline Real rounded(Real x) { return x + Real(kRounder) - Real(kRounder); }
 
 // Division by a number that many are divided by: 5 operations instead of 9, and no branch. The quotient after the first
 // correction is one of the two neighbours of the true one; with a correctly rounded reciprocal the second correction

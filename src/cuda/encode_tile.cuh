@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/encode_real.cuh"
+#include "format/presets.hpp"
 
 namespace kvarn::cuda {
 
@@ -18,7 +19,7 @@ struct EncodeShape {
   static constexpr Side side = kSide;
   static constexpr int threads = kThreads;  // of the CTA
   static constexpr int tokens = kTokens, head_dim = kHeadDim, bits = kBits;
-  static constexpr float qmax = static_cast<float>((1 << kBits) - 1);
+  static constexpr int qmax = (1 << kBits) - 1;
   static constexpr int rows = kSide == Side::kKeys ? kHeadDim : kTokens;
   static constexpr int columns = kSide == Side::kKeys ? kTokens : kHeadDim;
   // Halves from token to token: 4 words beyond a multiple of 8, so that the 32 accesses of 8 tokens x 4 channels, 4 x 8
@@ -33,9 +34,13 @@ struct EncodeShape {
   static constexpr int row_lanes = 32 / lanes;
   static constexpr int columns_at_once = kThreads / row_lanes;
 
-  // Numbers per column that the row phase reads as float4: those of a lane together, 4 words between lanes' blocks.
-  static constexpr int column_words = lanes * (held + 4);
-  __device__ static constexpr int column_word(int column) { return column % lanes * (held + 4) + column / lanes; }
+  // Numbers per column that the row phase reads as float4: those of a lane together, 4 words between lanes' blocks; of
+  // a lane's, those that a partial sum adds first.
+  static constexpr int column_words = lanes * (held + 4), partials = 32 / lanes;
+  __device__ static constexpr int held_word(int i) { return i % partials * (columns / 32) + i / partials; }
+  __device__ static constexpr int column_word(int column) {
+    return column % lanes * (held + 4) + held_word(column / lanes);
+  }
   __device__ static constexpr int at(int row, int column) {
     return kSide == Side::kKeys ? column * stride + row : row * stride + column;
   }
@@ -61,6 +66,12 @@ struct alignas(16) Row {
   Real s, z, inverse, weight;
 };
 
+// Of the block of channels that feedback works on: y, later the errors, [channel][token]; B there, [column][row].
+struct EncodeBlock {
+  static constexpr int channels = 16;
+  alignas(16) Real y[channels * format::kMaxPageTokens], diagonal[channels * channels];
+};
+
 // Shared memory of a CTA that encodes.
 template <int kTokens, int kHeadDim>
 struct EncodeMemory {
@@ -70,8 +81,9 @@ struct EncodeMemory {
   Row row[kMost];
   alignas(16) Real column_inverse[kColumnWords], column_weight[kColumnWords];
   Real column[kMost];  // c
-  Real norm[2][kTokens];
+  Real k_norm[kTokens], v_norm[kTokens];
   Real deviation[kMost], row_best[kMost];  // of varnorm
+  EncodeBlock block;                       // of feedback
 };
 
 template <class Shape>
@@ -82,12 +94,9 @@ __device__ inline Real raw_value(const __half* values, int row, int column) {
 // The numbers of the lane's columns, from an array in the order of column_word.
 template <class Shape>
 __device__ inline void load_columns(const Real* from, int q, Real (&out)[Shape::held]) {
-  const float4* words = reinterpret_cast<const float4*>(from + q * (Shape::held + 4));
+  const Real* words = from + q * (Shape::held + 4);
 #pragma unroll
-  for (int i = 0; i < Shape::held / 4; ++i) {
-    const float4 four = words[i];
-    out[4 * i] = four.x, out[4 * i + 1] = four.y, out[4 * i + 2] = four.z, out[4 * i + 3] = four.w;
-  }
+  for (int i = 0; i < Shape::held; ++i) out[i] = words[Shape::held_word(i)];
 }
 
 template <class Shape>
@@ -122,12 +131,6 @@ __device__ inline void range(const Real (&x)[Shape::held], Real& low, Real& high
     low = smaller(low, __shfl_xor_sync(0xffffffffu, low.value, o));
     high = larger(high, __shfl_xor_sync(0xffffffffu, high.value, o));
   }
-}
-
-// x in units of the grid, inside 0 .. qmax: its nearest integer is the code.
-template <class Shape>
-__device__ inline Real unrounded_code(Real x, Real z, Real inverse) {
-  return clamp((x - z) * inverse, 0.0f, Shape::qmax);
 }
 
 }  // namespace kvarn::cuda

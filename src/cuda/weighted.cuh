@@ -2,26 +2,29 @@
 // The encoder `weighted` (specification section 6) for one tile of K or V and one CTA. Bit-equal to
 // codec/weighted.cpp.
 //
-// Operations an element: FIT about 140, of which the refits take 30; NM 15. A FIT has three row phases and two column
-// phases, with a barrier after each.
+// About 140 operations an element, of which the refits take 30: three row phases and two column phases, with a barrier
+// after each.
 #pragma once
 
 #include "cuda/encode_norms.cuh"
+#include "cuda/feedback.cuh"
+#include "cuda/lifted.cuh"
 
 namespace kvarn::cuda {
 
 template <class Shape, class Memory>
 struct Weighted {
   static constexpr bool kKeys = Shape::side == Side::kKeys;
-  static constexpr bool kFit = !kKeys || Shape::bits == 2;
   static constexpr int kHeld = Shape::held;
   Memory& memory;
 
   // A row in the registers of its lanes.
   struct Held {
-    Real x[kHeld], w[kHeld];
-    Real sw, sx;  // SUM w, SUM w*x
-    Real s, z;
+    Real x[kHeld];
+    const Real* weights;  // of the lane's columns, in shared memory: the row has the registers
+    __device__ Real w(int i) const { return weights[Shape::held_word(i)]; }
+    Real sw, sw_inverse, sx;  // SUM w, SUM w*x
+    Real s, z;                // s lifted
   };
 
   __device__ void set_column(int column, Real c) const {
@@ -30,21 +33,20 @@ struct Weighted {
     if (!kKeys) memory.column_weight[Shape::column_word(column)] = c * c;
   }
 
-  // norm[0] of this tile's tokens must be there, for a K FIT norm[1] of V's too.
+  // The norms of V's tokens must be there, for K those of its own too.
   __device__ void prepare() const {
-    const Real mean = mean_norm<Shape::tokens>(memory.norm[0]);
     const int i = threadIdx.x;
+    const Real rv =
+        i < Shape::tokens ? mean_norm<Shape::tokens>(memory.v_norm) / larger(memory.v_norm[i], kTiny) : 0.0f;
     if constexpr (kKeys) {
-      token_norm<Shape>(memory.norm[0], memory.column);
-      if (i < Shape::columns) set_column(i, memory.column[i]);
-      if constexpr (kFit) {
-        const Real mean_v = mean_norm<Shape::tokens>(memory.norm[1]);
-        if (i < Shape::tokens)
-          memory.column_weight[Shape::column_word(i)] =
-              key_weight(mean / larger(memory.norm[0][i], kTiny), mean_v / larger(memory.norm[1][i], kTiny));
+      token_norm<Shape>(memory.k_norm, memory.column);
+      if (i < Shape::columns) {
+        set_column(i, memory.column[i]);
+        const Real rk = mean_norm<Shape::tokens>(memory.k_norm) / larger(memory.k_norm[i], kTiny);
+        memory.column_weight[Shape::column_word(i)] = key_weight(rk, rv);
       }
     } else {
-      if (i < Shape::tokens) memory.row[i].weight = value_weight(mean / larger(memory.norm[0][i], kTiny));
+      if (i < Shape::tokens) memory.row[i].weight = value_weight(rv);
       if (i < Shape::columns) set_column(i, 1.0f);
     }
   }
@@ -62,43 +64,50 @@ struct Weighted {
     if constexpr (kUnit) {
       r.sw = static_cast<float>(Shape::columns);
       r.sx = row_sum<Shape>([&](int i) { return r.x[i]; });
-    } else if constexpr (kFit) {
-      load_columns<Shape>(memory.column_weight, q, r.w);
-      const auto total = row_sums<Shape>([&](int i) { return Sums<2>{{r.w[i], r.w[i] * r.x[i]}}; });
+    } else {
+      r.weights = memory.column_weight + q * (kHeld + 4);
+      const auto total = row_sums<Shape>([&](int i) { return Sums<2>{{r.w(i), r.w(i) * r.x[i]}}; });
       r.sw = total.of[0], r.sx = total.of[1];
     }
+    r.sw_inverse = reciprocal(r.sw);
   }
 
-  __device__ static Real grid_inverse(Real s) { return reciprocal(larger(s, 1e-10f)); }
+  __device__ static Real code(Real x, Real z, Real inverse) { return lifted_code<Shape::qmax>(x, z, inverse); }
 
   __device__ static void start(Held& r) {
-    constexpr float kFraction = Shape::bits == 2 ? .65f : Shape::bits == 3 ? .75f : Shape::bits == 4 ? .9f : 1.0f;
+    constexpr float kFraction = Shape::bits == 2   ? .65f
+                                : kKeys            ? 1.0f
+                                : Shape::bits == 3 ? .75f
+                                : Shape::bits == 4 ? .9f
+                                                   : 1.0f;
     const Real f = kFraction;
     Real low, high;
     range<Shape>(r.x, low, high);
     const Real width = high - low;
-    r.s = f * width / Real(Shape::qmax);
+    constexpr float kMost = Shape::qmax;
+    r.s = f * width / Divisor(kMost, 1.0f / kMost) * Real(kLift);
     r.z = (low + high) * Real(.5f) - f * width * Real(.5f);
   }
 
   // Also returns the error of the grid that it starts from, if asked for.
   template <bool kUnit, bool kWithError>
   __device__ static Real solve(Held& r) {
-    const Real s = r.s, z = r.z, inverse = grid_inverse(s);
+    asm volatile("" ::: "memory");  // weights are to be read anew, not kept in registers
+    const Real s = r.s, z = r.z, inverse = lifted_inverse(s);
     const auto total = row_sums<Shape>([&](int i) {
-      const Real x = r.x[i], q = rounded(unrounded_code<Shape>(x, z, inverse)), wq = kUnit ? q : r.w[i] * q;
+      const Real x = r.x[i], t = code(x, z, inverse), wq = kUnit ? t - Real(1.0f) : times_code(t, r.w(i));
       if constexpr (kWithError) {
-        const Real e = q * s + z - x;
-        return Sums<4>{{wq, wq * q, wq * x, (kUnit ? e : r.w[i] * e) * e}};
+        const Real e = times_code(t, s) + z - x;
+        return Sums<4>{{wq, times_code(t, wq), wq * x, (kUnit ? e : r.w(i) * e) * e}};
       } else {
-        return Sums<3>{{wq, wq * q, wq * x}};
+        return Sums<3>{{wq, times_code(t, wq), wq * x}};
       }
     });
     const Real sw = r.sw, sx = r.sx, sq = total.of[0], sqq = total.of[1], sqx = total.of[2];
     const Real det = sw * sqq - sq * sq, better = (sw * sqx - sq * sx) / det;
     if (det > Real(1e-12f) * sw * sqq && better > Real(0.0f)) {
       r.s = better;
-      r.z = (sx - better * sq) / sw;
+      r.z = (sx - better * sq) / Divisor(sw, r.sw_inverse);
     }
     if constexpr (kWithError) return total.of[3];
     return 0.0f;
@@ -106,10 +115,11 @@ struct Weighted {
 
   template <bool kUnit>
   __device__ static Real error(const Held& r) {
-    const Real inverse = grid_inverse(r.s);
+    asm volatile("" ::: "memory");  // as in solve
+    const Real inverse = lifted_inverse(r.s);
     return row_sum<Shape>([&](int i) {
-      const Real e = rounded(unrounded_code<Shape>(r.x[i], r.z, inverse)) * r.s + r.z - r.x[i];
-      return (kUnit ? e : r.w[i] * e) * e;
+      const Real e = times_code(code(r.x[i], r.z, inverse), r.s) + r.z - r.x[i];
+      return (kUnit ? e : r.w(i) * e) * e;
     });
   }
 
@@ -123,30 +133,29 @@ struct Weighted {
   __device__ void keep_grid(int row, int q, const Held& r) const {
     __syncwarp();  // all lanes have read the grid before
     if (q != 0) return;
-    memory.row[row].s = r.s, memory.row[row].z = r.z;
-    if constexpr (kFit) memory.row[row].inverse = grid_inverse(r.s);
+    memory.row[row].s = r.s, memory.row[row].z = r.z, memory.row[row].inverse = lifted_inverse(r.s);
   }
 
   // Each element's code takes the place of its value.
   __device__ void write_codes(int row, int q, const Held& r) const {
-    const Real inverse = grid_inverse(r.s);
+    const Real inverse = lifted_inverse(r.s);
     uint16_t* codes = reinterpret_cast<uint16_t*>(memory.values);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      codes[Shape::at(row, q + Shape::lanes * i)] = rounded_bits(unrounded_code<Shape>(r.x[i], r.z, inverse));
+    for (int i = 0; i < kHeld; ++i) codes[Shape::at(row, q + Shape::lanes * i)] = code_bits(code(r.x[i], r.z, inverse));
   }
 
   __device__ static void debias(Held& r) {
-    const Real s = r.s, z = r.z, inverse = grid_inverse(s);
-    const auto y = [&](int i) { return rounded(unrounded_code<Shape>(r.x[i], z, inverse)) * s + z; };
-    const Real mx = r.sx / r.sw, my = row_sum<Shape>([&](int i) { return r.w[i] * y(i); }) / r.sw;
+    const Real s = r.s, z = r.z, inverse = lifted_inverse(s);
+    const Divisor sw(r.sw, r.sw_inverse);
+    const auto y = [&](int i) { return times_code(code(r.x[i], z, inverse), s) + z; };
+    const Real mx = r.sx / sw, my = row_sum<Shape>([&](int i) { return r.w(i) * y(i); }) / sw;
     const auto square = row_sums<Shape>([&](int i) {
-      const Real dx = r.x[i] - mx, wdx = r.w[i] * dx;
+      const Real dx = r.x[i] - mx, wdx = r.w(i) * dx;
       return Sums<2>{{wdx * dx, wdx * (y(i) - my)}};
     });
     const Real a = square.of[0], b = square.of[1];
     const Real g = b > Real(0.0f) ? square_root(clamp(a / b, .8f, 1.5f)) : Real(1.0f);
-    r.s = f16(s * g);
+    r.s = lifted_f16(s * g);
     r.z = f16(mx - (my - z) * g);
   }
 
@@ -172,7 +181,7 @@ struct Weighted {
 #pragma unroll
         for (int j = 0; j < kJoint; ++j) {
           const Real m = raw_value<Shape>(memory.values, row, column[j]);
-          const Real y = rounded(unrounded_code<Shape>(m * inverse[j], grid.z, grid.inverse)) * grid.s + grid.z;
+          const Real y = times_code(code(m * inverse[j], grid.z, grid.inverse), grid.s) + grid.z;
           terms.of[2 * j] = kKeys ? m * y : grid.weight * m * y;
           terms.of[2 * j + 1] = kKeys ? y * y : grid.weight * y * y;
         }
@@ -199,45 +208,40 @@ struct Weighted {
     }
   }
 
-  __device__ void finish(int row, int q, Held& r) const {
-    r.s = f16(r.s), r.z = f16(r.z);
-    write_codes(row, q, r);
+  __device__ void finish(int row, int q, Held& r, bool with_codes) const {
+    r.s = lifted_f16(r.s), r.z = f16(r.z);
+    if (with_codes) write_codes(row, q, r);
     if constexpr (!kKeys) debias(r);
     keep_grid(row, q, r);
   }
 
-  // Values in, codes and vectors out; begins and ends with the caller's barriers.
-  __device__ void encode() const {
+  // Values in, codes and vectors out, s lifted; begins and ends with the caller's barriers. feedback: of K, or null.
+  __device__ void encode(const float* feedback) const {
     prepare();
     __syncthreads();
-    if constexpr (!kFit) {
+    for_rows<!kKeys>([&](int row, int q, Held& r) {
+      start_and_solve<!kKeys>(r);
+      keep_grid(row, q, r);
+    });
+#pragma unroll 1
+    for (int round = 0; round < 2; ++round) {
+      __syncthreads();
+      refit_columns();
+      __syncthreads();
       for_rows<false>([&](int row, int q, Held& r) {
-        Real low, high;
-        range<Shape>(r.x, low, high);
-        r.s = (high - low) / Real(Shape::qmax);
-        r.z = low;
-        finish(row, q, r);
-      });
-    } else {
-      for_rows<!kKeys>([&](int row, int q, Held& r) {
-        start_and_solve<!kKeys>(r);
-        keep_grid(row, q, r);
-      });
+        r.s = memory.row[row].s, r.z = memory.row[row].z;
 #pragma unroll 1
-      for (int round = 0; round < 2; ++round) {
-        __syncthreads();
-        refit_columns();
-        __syncthreads();
-        for_rows<false>([&](int row, int q, Held& r) {
-          r.s = memory.row[row].s, r.z = memory.row[row].z;
-#pragma unroll 1
-          for (int turn = 0; turn < 2; ++turn) solve<false, false>(r);
-          if (round == 1)
-            finish(row, q, r);
-          else
-            keep_grid(row, q, r);
-        });
-      }
+        for (int turn = 0; turn < 2; ++turn) solve<false, false>(r);
+        if (round == 1)
+          finish(row, q, r, feedback == nullptr);
+        else
+          keep_grid(row, q, r);
+      });
+    }
+    if constexpr (kKeys) {
+      if (feedback == nullptr) return;
+      __syncthreads();
+      Feedback<Shape, Memory>{memory, feedback}.run();
     }
   }
 };

@@ -17,6 +17,7 @@ struct Append {
   const Kernels& kernels;
   const kvarn_rows &k, &v;
   kvarn_encoder encoder;
+  const float* feedback;
 
   // Copies the older raw tokens of the first tile away from the pages that this step overwrites.
   void stage(int32_t r, int32_t head) const {
@@ -48,15 +49,17 @@ struct Append {
 
   void pack(int32_t r, int32_t tile, int32_t head, Scratch& scratch) const {
     const RawTile raw = raw_tile(step, workspace, r, tile, head, step.layout.page_tokens);
-    kernels.encode(step.layout, encoder, raw, step.region(r, tile, head), scratch);
+    const int64_t squared = int64_t{step.layout.head_dim} * step.layout.head_dim;
+    const float* of_head = feedback == nullptr ? nullptr : feedback + head * squared;
+    kernels.encode(step.layout, encoder, of_head, raw, step.region(r, tile, head), scratch);
   }
 };
 
 }  // namespace
 
 int64_t append(const Step& step, const Workspace& workspace, const Kernels& kernels, const kvarn_executor* executor,
-               const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder) {
-  const Append run{step, workspace, kernels, k, v, encoder};
+               const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder, const float* feedback) {
+  const Append run{step, workspace, kernels, k, v, encoder, feedback};
   const int32_t heads = step.layout.kv_heads;
   workspace.header() = {kStepMagic, fingerprint(step)};
   fill_row_base(step, workspace.row_base());

@@ -58,8 +58,9 @@ struct Kernels {
   bool (*load_query)(const void* in, kvarn_dtype dtype, int head_dim, float factor, float* q);
   void (*store)(const float* in, int count, void* out, kvarn_dtype dtype);
 
-  void (*encode)(const kvarn_layout& layout, kvarn_encoder encoder, const RawTile& raw, uint8_t* record,
-                 Scratch& scratch);
+  // feedback: null, or [head_dim][head_dim] of this KV head.
+  void (*encode)(const kvarn_layout& layout, kvarn_encoder encoder, const float* feedback, const RawTile& raw,
+                 uint8_t* record, Scratch& scratch);
   // k, v [page_tokens][head_dim]; may be scratch.k and scratch.v
   void (*expand)(const kvarn_layout& layout, const uint8_t* record, float* k, float* v, Scratch& scratch);
 

@@ -33,6 +33,7 @@ struct CudaHostile : testing::Test {
   int32_t query_heads = 8, window = 0;
   kvarn_encoder encoder = KVARN_WEIGHTED;
   int64_t* replaced = nullptr;
+  const float* feedback = nullptr;
 
   static kvarn_layout make(const char* preset, int32_t head_dim, int32_t kv_heads) {
     kvarn_layout made{};
@@ -42,7 +43,7 @@ struct CudaHostile : testing::Test {
 
   kvarn_status plan() const { return kvarn_cuda_plan(&layout, &step, query_heads, window, &workspace, nullptr); }
   kvarn_status append() const {
-    return kvarn_cuda_append(&layout, &pages, &step, &k, &v, encoder, replaced, &workspace, nullptr);
+    return kvarn_cuda_append(&layout, &pages, &step, &k, &v, encoder, feedback, replaced, &workspace, nullptr);
   }
   kvarn_status attend() const {
     return kvarn_cuda_attend(&layout, &pages, &step, &q, &out, &attention, &workspace, nullptr);
@@ -76,9 +77,9 @@ TEST_F(CudaHostile, NullPointers) {
   refused(kvarn_cuda_plan(nullptr, &step, 8, 0, &workspace, nullptr), KVARN_NULL_POINTER, "layout");
   refused(kvarn_cuda_plan(&layout, nullptr, 8, 0, &workspace, nullptr), KVARN_NULL_POINTER, "step");
   refused(kvarn_cuda_plan(&layout, &step, 8, 0, nullptr, nullptr), KVARN_NULL_POINTER, "workspace");
-  refused(kvarn_cuda_append(&layout, nullptr, &step, &k, &v, encoder, nullptr, &workspace, nullptr), KVARN_NULL_POINTER,
-          "pages");
-  refused(kvarn_cuda_append(&layout, &pages, &step, nullptr, &v, encoder, nullptr, &workspace, nullptr),
+  refused(kvarn_cuda_append(&layout, nullptr, &step, &k, &v, encoder, nullptr, nullptr, &workspace, nullptr),
+          KVARN_NULL_POINTER, "pages");
+  refused(kvarn_cuda_append(&layout, &pages, &step, nullptr, &v, encoder, nullptr, nullptr, &workspace, nullptr),
           KVARN_NULL_POINTER, "k is null");
   refused(kvarn_cuda_attend(&layout, &pages, &step, &q, nullptr, &attention, &workspace, nullptr), KVARN_NULL_POINTER,
           "out is null");
@@ -173,6 +174,12 @@ TEST_F(CudaHostile, Alignment) {
   replaced = at<int64_t>(4);
   k.data = memory;
   refused(append(), KVARN_MISALIGNED, "replaced");
+  replaced = nullptr;
+  feedback = at<float>(4);
+  refused(append(), KVARN_MISALIGNED, "16 bytes");
+  feedback = at<float>(16);
+  encoder = KVARN_VARNORM;
+  refused(append(), KVARN_BAD_ARGUMENT, "feedback");
   attention.sinks = at<float>(1);
   refused(attend(), KVARN_MISALIGNED, "sinks");
 }

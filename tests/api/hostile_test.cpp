@@ -19,7 +19,7 @@ struct Hostile : testing::Test {
 
   void expect_append(kvarn_status expected, const char* mentions) {
     const kvarn_status got =
-        kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr);
+        kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr);
     EXPECT_EQ(got, expected) << kvarn_last_error();
     EXPECT_NE(std::string(kvarn_last_error()).find(mentions), std::string::npos) << kvarn_last_error();
     EXPECT_EQ(r.memory, before);
@@ -31,15 +31,16 @@ struct Hostile : testing::Test {
 };
 
 TEST_F(Hostile, NullPointers) {
-  EXPECT_EQ(kvarn_append(nullptr, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr),
+  EXPECT_EQ(kvarn_append(nullptr, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
             KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, nullptr, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr),
+  EXPECT_EQ(kvarn_append(&r.layout, nullptr, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
             KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, nullptr, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr),
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, nullptr, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
             KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, nullptr, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr),
-            KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, nullptr),
+  EXPECT_EQ(
+      kvarn_append(&r.layout, &r.pages, &batch, nullptr, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
+      KVARN_NULL_POINTER);
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, nullptr, nullptr),
             KVARN_NULL_POINTER);
   EXPECT_EQ(kvarn_attend(&r.layout, &r.pages, &batch, &q, nullptr, 1, 0, &workspace, nullptr), KVARN_NULL_POINTER);
   EXPECT_EQ(kvarn_expand(&r.layout, &r.pages, &batch, nullptr, &out, &workspace, nullptr), KVARN_NULL_POINTER);
@@ -99,6 +100,18 @@ TEST_F(Hostile, LengthsAndQueryStarts) {
   expect_append(KVARN_BAD_LENGTH, "falls");
 }
 
+TEST_F(Hostile, Feedback) {
+  const std::vector<float> matrices(2 * 64 * 64 + 1);
+  const auto give = [&](const float* feedback, kvarn_encoder encoder) {
+    return kvarn_append(&r.layout, &r.pages, &batch, &k, &k, encoder, feedback, &workspace, nullptr, nullptr);
+  };
+  EXPECT_EQ(give(matrices.data(), KVARN_VARNORM), KVARN_BAD_ARGUMENT);
+  EXPECT_NE(std::string(kvarn_last_error()).find("no feedback"), std::string::npos);
+  const auto* odd = reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(matrices.data()) + 2);
+  EXPECT_EQ(give(odd, KVARN_WEIGHTED), KVARN_MISALIGNED);
+  EXPECT_EQ(give(matrices.data(), KVARN_WEIGHTED), KVARN_OK);
+}
+
 TEST_F(Hostile, Workspace) {
   workspace.bytes = 100;
   expect_append(KVARN_WORKSPACE_TOO_SMALL, "100 bytes");
@@ -112,7 +125,8 @@ TEST_F(Hostile, AttendRefusesAWorkspaceOfAnotherStep) {
   expect_attend(KVARN_WORKSPACE_STALE);
   expect_append(KVARN_BAD_SHAPE, (k.heads = 1, "1, 64"));
   k.heads = 2;
-  ASSERT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr), KVARN_OK);
+  ASSERT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
+            KVARN_OK);
   expect_attend(KVARN_OK);
   kvarn_pages other_layer = r.pages;
   std::vector<uint8_t> copy(r.memory);
@@ -121,7 +135,8 @@ TEST_F(Hostile, AttendRefusesAWorkspaceOfAnotherStep) {
 }
 
 TEST_F(Hostile, AttendArguments) {
-  ASSERT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, nullptr, nullptr), KVARN_OK);
+  ASSERT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
+            KVARN_OK);
   for (int64_t heads : {0, 1, 3, 2 * 65}) {
     q.heads = out.heads = heads;
     expect_attend(KVARN_BAD_SHAPE);
@@ -142,12 +157,12 @@ TEST_F(Hostile, NamesAndLayouts) {
   expect_append(KVARN_BAD_LAYOUT, "kvarn_layout_init");
   r.layout.record_bytes -= 16;
   const kvarn_options unknown{nullptr, "sse9"};
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, &workspace, &unknown, nullptr),
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, &unknown, nullptr),
             KVARN_UNKNOWN_TARGET);
   EXPECT_EQ(kvarn_target("sse9"), nullptr);
-  EXPECT_EQ(
-      kvarn_append(&r.layout, &r.pages, &batch, &k, &k, static_cast<kvarn_encoder>(7), &workspace, nullptr, nullptr),
-      KVARN_BAD_ARGUMENT);
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, static_cast<kvarn_encoder>(7), nullptr, &workspace,
+                         nullptr, nullptr),
+            KVARN_BAD_ARGUMENT);
 }
 
 TEST_F(Hostile, EveryStatusHasAMessage) {

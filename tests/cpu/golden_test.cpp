@@ -57,6 +57,7 @@ TEST_P(Golden, RecordsOfEveryPreset) {
     const int tokens = request.layout.page_tokens;
     golden_input(request.k, 1, c.head_dim, tokens, true);
     golden_input(request.v, 2, c.head_dim, tokens, false);
+    if (c.encoder == "feedback") request.feedback = hashed_feedback(static_cast<uint32_t>(c.head_dim));
     request.step(tokens, c.encoder == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED);
     EXPECT_EQ(fnv1a64(request.page(0), request.layout.record_bytes), c.hash)
         << c.preset << " D " << c.head_dim << " " << c.encoder;

@@ -103,7 +103,7 @@ void run(const Case& c) {
     const int64_t stride = int64_t{c.kv_heads} * c.head_dim;
     const kvarn_rows kr{k.data(), KVARN_FLOAT32, rows, c.kv_heads, stride, c.head_dim},
         vr{v.data(), KVARN_FLOAT32, rows, c.kv_heads, stride, c.head_dim};
-    check(kvarn_append(&layout, &pages, &batch, &kr, &vr, KVARN_WEIGHTED, &space, &options, nullptr));
+    check(kvarn_append(&layout, &pages, &batch, &kr, &vr, KVARN_WEIGHTED, nullptr, &space, &options, nullptr));
   };
   std::vector<int> before, first{0};
   for (int r = 0; r < requests; ++r) before.push_back(c.lengths[r] - c.news[r]), first.push_back(first.back() + before[r]);

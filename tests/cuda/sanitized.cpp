@@ -65,9 +65,12 @@ struct Life {
   std::unique_ptr<OnDevice<uint8_t>> pages, memory;
   kvarn_cuda_workspace workspace{nullptr, 0, {900, kRequests, 16 * kHeads, kLongest, 5}};
   uint32_t seed = 1;
+  std::vector<float> feedback;
 
   Life(const std::string& preset, int32_t d) : head_dim(d) {
     require(bool(Layout::make(preset, d, kHeads, layout)), "layout");
+    for (int32_t head = 0; head < kHeads; ++head)
+      for (const float b : hashed_feedback(static_cast<uint32_t>(d))) feedback.push_back(b);
     const auto each = static_cast<int32_t>(layout.pages_of(kLongest));
     for (int32_t i = 0; i < kRequests * each; ++i) table.push_back((i * 7 + 3) % (kRequests * each));
     if (kRequests * each % 7 == 0)
@@ -86,7 +89,7 @@ struct Life {
     return {cpu_pages.data, cpu_pages.data + cpu_pages.count * cpu_pages.stride};
   }
 
-  void step(const std::vector<int32_t>& news, kvarn_encoder encoder, const Attention& how) {
+  void step(const std::vector<int32_t>& news, kvarn_encoder encoder, const Attention& how, bool feed = false) {
     std::vector<int32_t> starts{0};
     int32_t longest = 1;
     for (size_t r = 0; r < news.size(); ++r) {
@@ -102,12 +105,14 @@ struct Life {
     const kvarn_batch on_cpu{kRequests, width, width, table.data(), lengths.data(), starts.data()};
     WorkspaceBuffer scratch(layout.workspace_bytes(tokens, kRequests, heads, kLongest, 1));
     require(bool(append(layout, cpu_pages, on_cpu, rows(k.data(), KVARN_FLOAT32, tokens, kHeads, head_dim),
-                        rows(v.data(), KVARN_FLOAT32, tokens, kHeads, head_dim), scratch, encoder)),
+                        rows(v.data(), KVARN_FLOAT32, tokens, kHeads, head_dim), scratch, encoder, nullptr, nullptr,
+                        feed ? feedback.data() : nullptr)),
             "append on the CPU");
 
     const OnDevice<int32_t> tables(table), after(lengths), first(starts);
     const OnDevice<float> k_rows(k), v_rows(v), q_rows(q), out(std::vector<float>(q.size(), NAN)),
         sinks(std::vector<float>(static_cast<size_t>(heads), 0.5f));
+    const OnDevice<float> fed(feedback);
     const kvarn_pages pool{pages->get(), cpu_pages.count, cpu_pages.stride};
     const kvarn_cuda_step now{
         {kRequests, width, width, tables.get(), after.get(), first.get()}, nullptr, tokens, longest};
@@ -116,7 +121,8 @@ struct Life {
                      v_in = rows(v_rows.get(), KVARN_FLOAT32, tokens, kHeads, head_dim),
                      q_in = rows(q_rows.get(), KVARN_FLOAT32, tokens, heads, head_dim);
     const kvarn_rows_out result = rows_out(out.get(), KVARN_FLOAT32, tokens, heads, head_dim);
-    require(kvarn_cuda_append(&layout, &pool, &now, &k_in, &v_in, encoder, nullptr, &workspace, nullptr) == KVARN_OK,
+    require(kvarn_cuda_append(&layout, &pool, &now, &k_in, &v_in, encoder, feed ? fed.get() : nullptr, nullptr,
+                              &workspace, nullptr) == KVARN_OK,
             "append");
     const kvarn_cuda_attention attention{0.1f, how.soft_cap, how.window, how.sinks ? sinks.get() : nullptr};
     require(kvarn_cuda_attend(&layout, &pool, &now, &q_in, &result, &attention, &workspace, nullptr) == KVARN_OK,
@@ -169,6 +175,9 @@ void live(const std::string& shape) {
   life.step({3, 8, 5}, KVARN_VARNORM, {1, 20, 0, false});      // drafts
   life.step({200, 1, 40}, KVARN_VARNORM, {4, 0, 100, false});  // a chunk that stages
   life.step({1, 0, 2}, KVARN_WEIGHTED, {16, 0, 0, false});
+  life.step({130, 1, 5}, KVARN_WEIGHTED, {4, 0, 0, false}, true);  // tiles complete with feedback: a chunk, then decode
+  for (int32_t last = life.lengths[2] % 128; last < 128; last += 8)
+    life.step({1, 1, 8}, KVARN_WEIGHTED, {4, 0, 0, false}, true);
   std::printf("%s\n", shape.c_str());
 }
 

@@ -119,9 +119,10 @@ def test_operators_pass_torchs_own_checks():
     pages, out = world.before.clone(), torch.zeros_like(q)
     torch.library.opcheck(ops.plan.default, (space.tensor, *shared, 3, 2, 8, 0), test_utils=utils)
     ops.plan(space.tensor, *shared, 3, 2, 8, 0)
-    torch.library.opcheck(
-        ops.append.default, (pages, space.tensor, *shared, 2, k, v, "weighted", None), test_utils=utils
-    )
+    for b in (None, torch.zeros(2, layout.head_dim, layout.head_dim, device=DEVICE)):
+        torch.library.opcheck(
+            ops.append.default, (pages, space.tensor, *shared, 2, k, v, "weighted", b, None), test_utils=utils
+        )
     attend = (pages, space.tensor, *shared, 2, q, out, 0.1, 0.0, 0, None)
     torch.library.opcheck(ops.attend.default, attend, test_utils=utils)
     k_out, v_out = (torch.zeros(256, 2, layout.head_dim, device=DEVICE) for _ in "kv")

@@ -75,6 +75,14 @@ def test_refused(verb, name, change, classes):
 
 
 OPTIONS = [
+    *(("append", dict(feedback=b), REFUSED) for b in (
+        3, np.zeros((2, MAIN[1], MAIN[1]), np.float32), torch.zeros(2, MAIN[1], MAIN[1]),
+        torch.zeros(2, MAIN[1], MAIN[1], device=DEVICE, dtype=torch.float16),
+        torch.zeros(1, MAIN[1], MAIN[1], device=DEVICE),
+        torch.zeros(2, MAIN[1], 2 * MAIN[1], device=DEVICE)[..., ::2],
+        torch.zeros(2 * MAIN[1] * MAIN[1] + 1, device=DEVICE)[1:].view(2, MAIN[1], MAIN[1]),
+    )),
+    ("append", dict(feedback=torch.zeros(2, MAIN[1], MAIN[1], device=DEVICE), encoder="varnorm"), ValueError),
     ("append", dict(encoder="unknown"), ValueError), ("append", dict(target="avx2"), ValueError),
     ("append", dict(slots=torch.zeros(5, dtype=torch.int64)), REFUSED), ("append", dict(slots=3), TypeError),
     ("append", dict(plan=3), TypeError), ("append", dict(workspace=3), TypeError),

@@ -4,6 +4,8 @@ Each line of index.txt is one record (one tile of one KV head):
 
     preset head_dim encoder fnv1a64 offset bytes
 
+The encoder `feedback` is `weighted` with the matrix of `golden_feedback`.
+
 fnv1a64 is the 64-bit FNV-1a hash of the record, 16 hex digits. offset is where the whole record lies in records.bin, or
 -1 where only its hash is kept. Lines that start with # are comments.
 
@@ -50,6 +52,14 @@ def golden_input(head_dim: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     return k, v
 
 
+def golden_feedback(head_dim: int) -> np.ndarray:
+    """float32 [1][head_dim][head_dim]: above the diagonal hashed element i * head_dim + j of seed 3, over 16; elsewhere
+    NaN, which must not count."""
+    b = hashed(head_dim * head_dim, 3).reshape(head_dim, head_dim) / 16
+    b[np.tril_indices(head_dim)] = np.nan
+    return b[None]
+
+
 def fnv1a64(data: bytes) -> int:
     value = 0xCBF29CE484222325
     for byte in data:
@@ -67,11 +77,16 @@ def cases() -> list[tuple[str, int, str, bool]]:
                 for pair in every if head_dim == 128 else DOCUMENTED:
                     keep = head_dim == 128 and (encoder == "weighted" or (tokens == 128 and pair in DOCUMENTED))
                     out.append((f"kvarn_{pair}_g{tokens}", head_dim, encoder, keep))
+    for head_dim in (128, 64, 80, 96, 256):
+        for preset in ("k4v2_g128", "k2v2_g128", "k8v4_g128", "k4v3_g64", "k3v8_g64"):
+            out.append((f"kvarn_{preset}", head_dim, "feedback", False))
     return out
 
 
 def record(verbs, preset: str, head_dim: int, encoder: str, **options) -> np.ndarray:
     """uint8 [record_bytes]: the golden input appended through `verbs` (kvarn or kvarn.reference) to an empty pool."""
+    if encoder == "feedback":
+        encoder, options = "weighted", options | {"feedback": golden_feedback(head_dim)}
     layout = verbs.Layout(preset, head_dim, 1)
     tokens = layout.page_tokens
     pages = np.zeros((1 + layout.pages_ahead, layout.page_bytes), np.uint8)

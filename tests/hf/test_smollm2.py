@@ -47,7 +47,7 @@ def test_answers_alone_and_padded_and_with_drafts(model, chat):
     tokenizer, ids, mask = chat
     both = generate(model, ids, kvarn_cache(model.config, preset="kvarn_k4v4_g128"), mask=mask, new=24)
     answers = tokenizer.batch_decode(both[:, ids.shape[1] :], skip_special_tokens=True)
-    assert all("walnut" in answer for answer in answers), answers
+    assert all("walnut" in answer.lower() for answer in answers), answers
     start = int((mask[1] == 0).sum())
     for options in ({}, {"prompt_lookup_num_tokens": 8}):
         cache = kvarn_cache(model.config, preset="kvarn_k4v4_g128")

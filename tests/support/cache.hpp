@@ -47,6 +47,7 @@ struct Request {
   std::vector<float> k, v, q, out;
   WorkspaceBuffer workspace;
   kvarn_options options{nullptr, nullptr};
+  std::vector<float> feedback;  // empty: none
 
   Request(const std::string& preset, int32_t head_dim, int32_t kv_heads, int32_t heads, int32_t tokens,
           uint32_t seed = 1, int32_t threads = 1)
@@ -73,7 +74,8 @@ struct Request {
       return rows.data() + int64_t{length} * per_token * d;
     };
     const Status a = append(layout, pages, batch, rows(at(k, heads), KVARN_FLOAT32, count, heads, d),
-                            rows(at(v, heads), KVARN_FLOAT32, count, heads, d), workspace, encoder, &options);
+                            rows(at(v, heads), KVARN_FLOAT32, count, heads, d), workspace, encoder, &options, nullptr,
+                            feedback.empty() ? nullptr : feedback.data());
     ASSERT_TRUE(a) << a.message();
     const Status b = attend(layout, pages, batch, rows(at(q, query_heads), KVARN_FLOAT32, count, query_heads, d),
                             rows_out(at(out, query_heads), KVARN_FLOAT32, count, query_heads, d), {.scale = .1f},

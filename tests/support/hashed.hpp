@@ -24,4 +24,12 @@ inline std::vector<float> hashed_rows(size_t count, uint32_t seed) {
   return out;
 }
 
+// Feedback of one head, as tests/golden/make.py describes it.
+inline std::vector<float> hashed_feedback(uint32_t head_dim) {
+  std::vector<float> out(size_t{head_dim} * head_dim, __builtin_nanf(""));
+  for (uint32_t i = 0; i < head_dim; ++i)
+    for (uint32_t j = i + 1; j < head_dim; ++j) out[size_t{i} * head_dim + j] = hashed(i * head_dim + j, 3) / 16;
+  return out;
+}
+
 }  // namespace kvarn::test

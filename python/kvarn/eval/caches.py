@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The caches that are compared. Each is a frozen dataclass: its repr names it in the store of finished contexts."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +28,18 @@ class Plain:
 
 @dataclass(frozen=True)
 class Packed:
-    """kvarn pages: the whole context is appended in one step and attended in the same step."""
+    """kvarn pages: the whole context is appended in one step and attended in the same step.
+
+    feedback  of kvarn.hf.feedback, or None
+    """
 
     preset: str
     encoder: str
+    feedback: Mapping[int, torch.Tensor] | None = None
+
+    def __repr__(self) -> str:
+        made = b"".join(x.cpu().numpy().tobytes() for x in (self.feedback or {}).values())
+        return f"Packed({self.preset!r}, {self.encoder!r}, {hashlib.sha256(made).hexdigest() if made else None!r})"
 
     def __call__(self, q, k, v, scale: float, layer: Layer) -> torch.Tensor:
         tokens, kv_heads, head_dim = k.shape
@@ -42,7 +52,8 @@ class Packed:
         starts = torch.tensor([0, tokens], dtype=torch.int32, device=k.device)
         counted = torch.zeros(1, dtype=torch.int64, device=k.device) if k.is_cuda else None
         step = layout, pages, table, lengths, starts
-        replaced = kvarn.append(*step, k, v, encoder=self.encoder, replaced=counted)
+        feedback = self.feedback and self.feedback[layer.index].to(k.device)
+        replaced = kvarn.append(*step, k, v, encoder=self.encoder, feedback=feedback, replaced=counted)
         if replaced := counted.item() if k.is_cuda else replaced:
             raise ValueError(f"{self.preset}: {replaced} elements of K or V are not finite or above 65,504")
         return kvarn.attend(*step, q, scale=scale)

@@ -49,7 +49,7 @@ def make_cache(cache, config) -> Cache:
     if not can_generate(cache):
         raise NotImplementedError(f"{cache} is not simulated in generation: it does not round each token as it comes")
     if isinstance(cache, Packed):
-        return hf.Cache(config, cache.preset, cache.encoder)
+        return hf.Cache(config, cache.preset, cache.encoder, feedback=cache.feedback)
     made = DynamicCache(config=config.get_text_config())
     for number, layer in enumerate(made.layers):
         if type(layer) is not DynamicLayer:

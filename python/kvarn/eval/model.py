@@ -2,11 +2,13 @@
 """The model that is measured, on the device and in the dtype that it is measured in."""
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 import kvarn
+from kvarn import hf
 
 
 class Model:
@@ -34,6 +36,10 @@ class Model:
         kind = type(self.tokenizer.backend_tokenizer.model).__name__
         self.text_by = f"{type(self.tokenizer).__name__} ({kind}) of transformers {__version__}"
         self.weights = digest(*([path] if path.is_file() else sorted(path.glob("*.safetensors"))))
+
+    @cached_property
+    def feedback(self) -> dict[int, torch.Tensor]:
+        return hf.feedback(self.net)
 
     @property
     def device(self) -> torch.device:

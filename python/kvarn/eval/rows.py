@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which caches make up a run, under the names that they have in the tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,6 +16,8 @@ from kvarn.rivals import RIVALS, Recent
 EXACT = "bf16"
 # Rounds the newest tokens too, unlike kvarn; with its own tile raw, as kvarn has it, a format is compared as a format.
 WITH_TILE = ", own tile raw"
+# The weighted encoder without feedback.
+WITHOUT = "fit"
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,29 @@ class Row:
     cache: Cache
 
 
-def rows(head_dim: int, kv_heads: int, full: Sequence[int], layers: int, only: str = "*") -> list[Row]:
+def rows(
+    head_dim: int,
+    kv_heads: int,
+    full: Sequence[int],
+    layers: int,
+    only: str = "*",
+    feedback: Mapping[int, torch.Tensor] | None = None,
+) -> list[Row]:
     """All rows whose name matches one of the patterns in `only` (shell wildcards, separated by ";").
 
     full, layers  the numbers of the model's full-attention layers, which are packed, and how many layers there are
+    feedback      of kvarn.hf.feedback: the weighted encoder has it as in serving, and rows of its own without
     Raises ValueError where a pattern matches nothing.
     """
     found = [Row(EXACT, "16-bit", 16, "none", Plain(torch.bfloat16))]
     for preset in kvarn.presets():
         bits = kvarn.Layout(preset, head_dim=head_dim, kv_heads=kv_heads).bits_per_value
-        found += [
-            Row(f"{preset} {encoder}", "kvarn", bits, Recent.TILE.value, Packed(preset, encoder))
-            for encoder in kvarn.ENCODERS
-        ]
+        packed = {encoder: Packed(preset, encoder) for encoder in kvarn.ENCODERS}
+        if feedback is not None:
+            packed[WITHOUT] = packed["weighted"]
+            packed["weighted"] = Packed(preset, "weighted", feedback)
+        for encoder, cache in packed.items():
+            found.append(Row(f"{preset} {encoder}", "kvarn", bits, Recent.TILE.value, cache))
     for name, rival in RIVALS.items():
         bits = rival.mean_bits(head_dim, full, layers)
         found.append(Row(name, "rival", bits, rival.recent.value, Simulated(rival, rival.recent)))

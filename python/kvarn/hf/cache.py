@@ -23,6 +23,7 @@ class Cache(tf.Cache):
     preset   "kvarn_k4v2_g128" and so on, see docs/specification.md
     encoder  "weighted", or "varnorm" (the published one)
     layers   other presets for some layers, by their number: {0: "kvarn_k8v4_g128"}; tiles must have as many tokens
+    feedback of kvarn.hf.feedback(model): keys are rounded for that model's queries, which loses less; None: for any
     Raises ValueError or NotImplementedError, with the reason, for models that it cannot serve.
     """
 
@@ -32,14 +33,19 @@ class Cache(tf.Cache):
         preset: str = "kvarn_k4v2_g128",
         encoder: str = "weighted",
         layers: Mapping[int, str] | None = None,
+        feedback: Mapping[int, torch.Tensor] | None = None,
     ):
-        layers = dict(layers or {})
+        layers, feedback = dict(layers or {}), feedback or {}
         refuse(config, preset, encoder, layers)
+        if feedback and encoder != "weighted":
+            raise ValueError(f"feedback is for the weighted encoder, not {encoder}")
         decoder = config.get_text_config(decoder=True)
         self.preset, self.rows = preset, Rows((preset, *layers.values()))
         # transformers knows which layers a model has; sliding windows and linear attention stay as they are.
         made = [
-            Layer(layers.get(number, preset), encoder, self.rows) if type(layer) is tf.DynamicLayer else layer
+            Layer(layers.get(number, preset), encoder, self.rows, feedback.get(number))
+            if type(layer) is tf.DynamicLayer
+            else layer
             for number, layer in enumerate(tf.DynamicCache(config=decoder).layers)
         ]
         super().__init__(layers=made)

@@ -50,15 +50,16 @@ class Layer(CacheLayerMixin):
 
     pages   uint8 [capacity, page_bytes], None before the first step
     layout  kvarn.Layout, None before the first step
+    feedback  of kvarn.feedback, or None
     """
 
     is_sliding = False
     is_croppable = True  # what a step appended, if it is at most raw_tokens_per_page tokens
     supports_early_init = False
 
-    def __init__(self, preset: str, encoder: str, rows: Rows):
+    def __init__(self, preset: str, encoder: str, rows: Rows, feedback: torch.Tensor | None = None):
         super().__init__()
-        self.preset, self.encoder, self.rows = preset, encoder, rows
+        self.preset, self.encoder, self.rows, self.feedback = preset, encoder, rows, feedback
         self.layout: kvarn.Layout | None = None
         self.pages: torch.Tensor | None = None
         self.columns = 0
@@ -71,6 +72,7 @@ class Layer(CacheLayerMixin):
             )
         self.layout = kvarn.Layout(self.preset, head_dim=key_states.shape[3], kv_heads=key_states.shape[1])
         self.pages = torch.empty((0, self.layout.page_bytes), dtype=torch.uint8, device=key_states.device)
+        self._move_feedback(key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[Pending, Pending]:
@@ -106,7 +108,8 @@ class Layer(CacheLayerMixin):
         """q, k, v [tokens, heads, head_dim]: all of append before all of attend."""
         batch = self.layout, self.pages, *step.tables(q.device)
         plan = step.plan(q.device, self.layout, q.shape[1])
-        if replaced := kvarn.append(*batch, k, v, encoder=self.encoder, plan=plan):  # None on CUDA: asking would wait
+        options = {"encoder": self.encoder, "feedback": self.feedback, "plan": plan}
+        if replaced := kvarn.append(*batch, k, v, **options):  # None on CUDA: asking would wait
             warnings.warn(
                 f"{replaced} keys or values were not finite, or beyond 65504, and were replaced", stacklevel=2
             )
@@ -143,6 +146,10 @@ class Layer(CacheLayerMixin):
     def to(self, device: torch.device) -> None:
         if self.pages is not None:
             self.pages = self.pages.to(device)
+            self._move_feedback(device)
+
+    def _move_feedback(self, device: torch.device) -> None:
+        self.feedback = None if self.feedback is None else self.feedback.to(device)
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         if isinstance(query_length, torch.Tensor):  # transformers 4 gives the positions of the queries

@@ -95,8 +95,10 @@ def _requests(layout, pages, block_table, seq_lens, query_starts):
             yield index, _Request(layout, pages, block_table[index], int(length), new.stop - new.start), new
 
 
-def append(layout, pages, block_table, seq_lens, query_starts, k, v, workspace=None, encoder="weighted", target=None):
-    """Section 8. k, v [tokens][H][D]; returns the number of replaced elements of requests that take part."""
+def append(layout, pages, block_table, seq_lens, query_starts, k, v, workspace=None, encoder="weighted", target=None, *,
+           feedback=None):  # fmt: skip
+    """Section 8. k, v [tokens][H][D], feedback None or [H][D][D]; returns the number of replaced elements of requests
+    that take part."""
     layout, G = _layout(layout), _layout(layout).page_tokens
     requests = list(_requests(layout, pages, block_table, seq_lens, query_starts))
     workspace = _default_workspace if workspace is None else workspace
@@ -124,7 +126,7 @@ def append(layout, pages, block_table, seq_lens, query_starts, k, v, workspace=N
     for key, request, _ in requests:
         for tile in range(request.before // G, request.length // G):
             raw = request.tile(tile, G, workspace, key).astype(np.float32).swapaxes(1, 2)
-            K, V = encode(raw[0], raw[1], layout.k_bits, layout.v_bits, encoder)
+            K, V = encode(raw[0], raw[1], layout.k_bits, layout.v_bits, encoder, feedback)
             request.write_record(tile, [
                 Record(K.codes[h].T, K.scale[h, :, 0], K.zero[h, :, 0], K.column[h, 0],
                        V.codes[h].T, V.column[h, 0], V.scale[h, :, 0], V.zero[h, :, 0])

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import feedback as feeding
 from .arithmetic import exponential, f16, logarithm, total
 
 TINY = np.float32(2.0**-40)
-NARROWING = {2: 0.65, 3: 0.75, 4: 0.9, 8: 1.0}
+# f of start: from which part of a row's range FIT starts, for each width.
+KEYS_START = {2: 0.65, 3: 1.0, 4: 1.0, 8: 1.0}
+VALUES_START = {2: 0.65, 3: 0.75, 4: 0.9, 8: 1.0}
 
 
 @dataclass
@@ -24,33 +27,29 @@ class Grid:
     column: np.ndarray
 
 
-def encode(k: np.ndarray, v: np.ndarray, k_bits: int, v_bits: int, encoder: str) -> tuple[Grid, Grid]:
-    """k, v [tiles][G][D] float32 with binary16 values -> grids of K ([D][G]) and of V ([G][D])."""
+def encode(k: np.ndarray, v: np.ndarray, k_bits: int, v_bits: int, encoder: str, feedback=None) -> tuple[Grid, Grid]:
+    """k, v [tiles][G][D] float32 with binary16 values -> grids of K ([D][G]) and of V ([G][D]).
+    feedback: None, or float32 [tiles][D][D] (`weighted` only)."""
     with np.errstate(all="ignore"):
+        if encoder == "varnorm" and feedback is not None:
+            raise ValueError("the encoder varnorm takes no feedback; use weighted")
         if encoder == "varnorm":
             return varnorm(k.swapaxes(1, 2), k_bits), varnorm(v, v_bits)
         if encoder == "weighted":
-            return weighted(k, v, k_bits, v_bits)
+            return weighted(k, v, k_bits, v_bits, feedback)
     raise ValueError(f"unknown encoder {encoder!r}: weighted or varnorm")
 
 
-def weighted(k, v, k_bits, v_bits):
-    k_grid = fit_keys(k, v, k_bits, NARROWING[2]) if k_bits == 2 else _token_norm_grid(k, k_bits)
-    return k_grid, fit_values(v, v_bits)
-
-
-def fit_keys(k, v, bits, narrowing, rounds=2):
-    """FIT of K, from the range of each channel times `narrowing`."""
-    wk = np.minimum(np.maximum(_rarity(v) * _rarity(k), 1), 4096).swapaxes(1, 2)
-    m = k.swapaxes(1, 2)
-    return _fit(m, _token_norm(k), bits, narrowing, rounds, lambda c: wk, np.ones_like(m[:, :, :1]), debias=False)
-
-
-def fit_values(v, bits):
-    """FIT of V."""
-    rv = _rarity(v)
+def weighted(k, v, k_bits, v_bits, feedback=None):
+    rk, rv = _rarity(k), _rarity(v)
+    wk = np.minimum(np.maximum(rv * rk, 1), 4096).swapaxes(1, 2)
     wv = np.minimum(rv * rv * rv, 131072)
-    return _fit(v, np.ones_like(v[:, :1]), bits, NARROWING[bits], 2, lambda c: c * c, wv, debias=True)
+    m = k.swapaxes(1, 2)
+    k_grid = _fit(m, _token_norm(k), k_bits, KEYS_START[k_bits], lambda c: wk, np.ones_like(m[:, :, :1]), debias=False)
+    v_grid = _fit(v, np.ones_like(v[:, :1]), v_bits, VALUES_START[v_bits], lambda c: c * c, wv, debias=True)
+    if feedback is not None:
+        k_grid.codes = feeding.codes(m, k_grid.scale, k_grid.zero, k_grid.column, 2**k_bits - 1, feedback)
+    return k_grid, v_grid
 
 
 def _rarity(x):
@@ -74,15 +73,6 @@ def _codes(x, s, z, qmax):
     return np.rint(np.minimum(np.maximum((x - z) * inverse, 0), qmax))
 
 
-def _token_norm_grid(k, bits):
-    """NM: plain minimum and maximum per row, after the token norm."""
-    qmax, c = 2**bits - 1, _token_norm(k)
-    x = k.swapaxes(1, 2) * (1 / c)
-    lo, hi = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-    s, z = f16((hi - lo) / qmax), f16(lo)
-    return Grid(_codes(x, s, z, qmax).astype(np.uint8), s, z, c)
-
-
 def _solve(x, s, z, W, qmax):
     """Weighted least squares of (s, z) for the codes of the present grid, where that is well posed."""
     q = _codes(x, s, z, qmax)
@@ -101,19 +91,19 @@ def _error(x, s, z, W, qmax):
     return total(W * r * r, -1)
 
 
-def _fit(m, c, bits, narrowing, rounds, weight, U, debias):
+def _fit(m, c, bits, start, weight, U, debias):
     """FIT: alternating weighted least squares of rows and columns. weight(c) gives W; U weighs rows for the columns."""
     qmax = 2**bits - 1
     x, W = m * (1 / c), weight(c)
 
     lo, hi = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-    f, w = np.float32(narrowing), hi - lo
+    f, w = np.float32(start), hi - lo
     s, z = f * w / qmax, (lo + hi) * np.float32(0.5) - f * w * np.float32(0.5)
     solved = _solve(x, s, z, W, qmax)
     better = _error(x, *solved, W, qmax) < _error(x, s, z, W, qmax)
     s, z = np.where(better, solved[0], s), np.where(better, solved[1], z)
 
-    for _ in range(rounds):
+    for _ in range(2):
         y = _codes(x, s, z, qmax) * s + z
         refit = total(U * m * y, -2) / total(U * y * y, -2)
         c = np.where((np.float32(0.25) * c < refit) & (refit < 4 * c), f16(refit), c)

@@ -9,6 +9,7 @@ refuse   what cannot be served, why, and what to do instead
 spec     pages: how large one is, and the pages ahead of each running request
 backend  attention: append, then attend
 layers   presets of their own for some layers
+feedback what lets keys be rounded for the model's queries
 
 The encoder is `weighted`; `--additional-config '{"kvarn_encoder": "varnorm"}'` or the environment variable
 KVARN_ENCODER=varnorm chooses the published algorithm.

@@ -143,6 +143,7 @@ class KvarnLayer(AttentionImpl):
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.sinks = sinks  # a parameter of the model, [num_heads]: it has its values once weights are loaded
         self.encoder = refuse.encoder_of(get_current_vllm_config())
+        self.feedback: torch.Tensor | None = None  # once weights are loaded (feedback.py)
 
     def repack(self, preset: str) -> type[KvarnBackend]:
         """Another preset than the one that this layer was built for, before it has a cache. Returns its backend."""

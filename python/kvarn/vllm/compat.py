@@ -62,6 +62,17 @@ def wrap_layer_spec(layer_spec) -> None:
     wrap(Attention, "get_kv_cache_spec", get_kv_cache_spec)
 
 
+def after_loading(weights_loaded) -> None:
+    """`weights_loaded(model, model_config)` whenever a model's weights are loaded, in the form that kernels want."""
+    from vllm.model_executor.model_loader import base_loader
+
+    def process_weights_after_loading(inner, model, model_config, *args, **kwargs):
+        inner(model, model_config, *args, **kwargs)
+        weights_loaded(model, model_config)
+
+    wrap(base_loader, "process_weights_after_loading", process_weights_after_loading)
+
+
 def mix_windows(preset_of) -> None:
     """Packed layers count as layers without a window for FlashAttention, as they would in 16 bits.
 

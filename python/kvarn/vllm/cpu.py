@@ -72,7 +72,8 @@ class Impl(KvarnLayer):
         step = attn_metadata
         batch = (self.layout, self.pages_of(kv_cache), step.block_table, step.seq_lens, step.query_starts)
         n = step.num_tokens
-        replaced = kvarn.append(*batch, key[:n], value[:n], workspace=step.workspace, encoder=self.encoder)
+        options = {"workspace": step.workspace, "encoder": self.encoder, "feedback": self.feedback}
+        replaced = kvarn.append(*batch, key[:n], value[:n], **options)
         if replaced:
             warn_replaced(replaced)
         kvarn.attend(

@@ -105,7 +105,7 @@ class Impl(KvarnLayer):
         pages = self.pages_of(kv_cache)
         kvarn.append(
             self.layout, pages, None, None, None, key[:n], value[:n], encoder=self.encoder, plan=step.append,
-            replaced=step.replaced,
+            feedback=self.feedback, replaced=step.replaced,
         )  # fmt: skip
         options = {"scale": self.scale, "soft_cap": self.soft_cap}
         # Prompts first. Attention that follows an append directly reads packed tiles before that append has ended,

@@ -44,9 +44,17 @@ def backend_path(selector) -> str | None:
     refuse.check_layer(preset, selector)
     _for_both_sides()
     compat.wrap_layer_spec(layer_spec)
+    compat.after_loading(weights_loaded)
     if compat.platform_name() == "cuda":
         compat.mix_windows(preset_of)
     return backend.path_of(preset)
+
+
+def weights_loaded(model, model_config) -> None:
+    """The weights of a model with packed layers are in their places, nothing has run yet."""
+    from . import feedback
+
+    feedback.settle(model, model_config)
 
 
 def register_specs(vllm_config) -> None:

@@ -77,6 +77,12 @@ def prompts_of(config) -> str:
     return _choice(config, "kvarn_prompts", PROMPTS)
 
 
+def feedback_of(config) -> str:
+    """Whether keys are rounded for the model's queries: additional_config["kvarn_feedback"], else $KVARN_FEEDBACK, else
+    on."""
+    return _choice(config, "kvarn_feedback", ("on", "off"))
+
+
 def option_of(config, option: str):
     """What a user says: additional_config[option] of a VllmConfig, else the environment variable; None: nothing."""
     additional = config.additional_config if isinstance(config.additional_config, dict) else {}

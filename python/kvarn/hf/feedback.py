@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kvarn.hf.feedback(model): what lets a cache round a model's keys for that model's queries."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+import kvarn
+from kvarn import energy
+
+_NAME = "kvarn_energy"
+
+
+def energies(model: PreTrainedModel) -> dict[int, torch.Tensor]:
+    """By the number of a layer, see kvarn.energy: one forward pass of kvarn.energy.TOKENS tokens."""
+    found: dict[int, torch.Tensor] = {}
+
+    def attention(module, query, key, value, attention_mask, **_):
+        found[module.layer_idx] = energy.of_queries(query[0].transpose(0, 1), key.shape[1])
+        return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
+
+    AttentionInterface.register(_NAME, attention)
+    decoder = model.config.get_text_config(decoder=True)
+    before, training = decoder._attn_implementation, model.training
+    decoder._attn_implementation = _NAME
+    try:
+        with torch.no_grad():
+            model.eval().base_model(energy.tokens(decoder.vocab_size)[None].to(model.device), use_cache=False)
+    finally:
+        decoder._attn_implementation = before
+        model.train(training)
+    return found
+
+
+def feedback(model: PreTrainedModel) -> dict[int, torch.Tensor]:
+    """For Cache(.., feedback=..), by the number of a layer: kvarn.feedback of each layer's energies. Make it once for a
+    model; it depends on nothing but the weights."""
+    return {layer: kvarn.feedback(found) for layer, found in energies(model).items()}

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every packed layer's feedback, from how large the queries of the model are that has just been loaded (kvarn.energy).
+
+It is a tensor of the layer from before vLLM measures memory and captures graphs on, and never changes.
+"""
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+
+import kvarn
+from kvarn import energy
+
+from . import refuse
+from .backend import KvarnLayer
+
+logger = init_logger("vllm.kvarn")
+
+
+def settle(model: torch.nn.Module, model_config) -> None:
+    """Gives the packed layers of `model`, whose weights are loaded, their feedback. Drafting models get none."""
+    config = get_current_vllm_config()
+    wanted = refuse.feedback_of(config) == "on" and refuse.encoder_of(config) == "weighted"
+    if not wanted or model_config is not config.model_config:
+        return
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    packed = [layer for layer in layers if isinstance(layer.impl, KvarnLayer)]
+    try:
+        found = _energies(model, layers, config)
+        for layer in packed:
+            layer.impl.feedback = kvarn.feedback(found[layer]).to(next(model.parameters()).device)
+    except Exception as error:  # the cache works without, only less precisely
+        for layer in packed:
+            layer.impl.feedback = None
+        logger.warning_once(
+            "kvarn: keys are rounded without feedback, this model could not be run ahead of time: %s: %s",
+            type(error).__name__,
+            error,
+        )
+
+
+def _energies(model, layers: list[Attention], config) -> dict[Attention, torch.Tensor]:
+    """The model runs on the fixed tokens, with attention that gives zeros, uncompiled."""
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise NotImplementedError("pipeline parallelism")
+    found: dict[Attention, torch.Tensor] = {}
+
+    def zeros(layer, given, out):
+        query = given[0].view(-1, layer.num_heads, layer.head_size)
+        found[layer] = energy.of_queries(query, layer.num_kv_heads)
+        return torch.zeros_like(out)
+
+    device = next(model.parameters()).device
+    tokens = energy.tokens(config.model_config.get_vocab_size()).to(device)
+    positions = torch.arange(len(tokens), device=device)
+    if config.model_config.uses_mrope:
+        positions = positions.expand(3, -1)
+    hooks = [layer.register_forward_hook(zeros) for layer in layers]
+    try:
+        with torch.inference_mode(), set_forward_context(None, config, num_tokens=len(tokens), skip_compiled=True):
+            model(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

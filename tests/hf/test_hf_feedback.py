@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kvarn.hf.feedback: energies of a model run ahead of time, and caches that use them."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import kvarn  # noqa: E402
+from kvarn import energy  # noqa: E402
+from kvarn.hf.feedback import energies, feedback  # noqa: E402
+from models import KINDS, kvarn_cache, logits, prompt, tiny  # noqa: E402
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_belongs_to_the_model_alone(kind):
+    model = tiny(kind, attention="eager")
+    first = energies(model)
+    assert model.config._attn_implementation == "eager" and not model.training
+    kvarn_cache(model.config)
+    again = energies(model.train())
+    assert model.config._attn_implementation == "kvarn" and model.training
+    assert first.keys() == again.keys() == {0, 1, 2}
+    for layer, found in first.items():
+        assert found.shape == (2, 64) and torch.equal(found, again[layer])
+        assert torch.equal(found, found.log2().round().exp2())
+
+
+@torch.no_grad()
+def test_attention_gives_zeros():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    model = tiny("llama")
+    tokens = energy.tokens(199)[None]
+    states, found = model.model.embed_tokens(tokens), energies(model)
+    cos, sin = model.model.rotary_emb(states, torch.arange(energy.TOKENS)[None])
+    for number, layer in enumerate(model.model.layers):
+        query = layer.self_attn.q_proj(layer.input_layernorm(states)).unflatten(-1, (4, 64)).transpose(1, 2)
+        query, _ = apply_rotary_pos_emb(query, query, cos, sin)
+        assert torch.equal(found[number], energy.of_queries(query[0].transpose(0, 1), 2))
+        states = states + layer.mlp(layer.post_attention_layernorm(states))
+
+
+def test_a_cache_rounds_with_it():
+    model, ids = tiny("llama"), prompt(1, 300)
+    given = feedback(model)
+    without, one, other = (
+        logits(model, ids, kvarn_cache(model.config, feedback=made)) for made in (None, given, given)
+    )
+    assert torch.equal(one, other) and torch.equal(one[:, :128], without[:, :128])
+    assert not torch.equal(one[:, 128:], without[:, 128:])
+
+
+def test_it_is_of_the_weighted_encoder():
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="feedback is for the weighted encoder, not varnorm"):
+        kvarn_cache(model.config, encoder="varnorm", feedback=feedback(model))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    if missing := kvarn.cuda_missing():
+        pytest.skip(missing)
+    model = tiny("llama")
+    there = energies(model.to("cuda"))
+    same = [(there[layer] == found).float().mean() for layer, found in energies(model.to("cpu")).items()]
+    assert min(same) > 0.9, "but for mean squares half-way between two powers"
