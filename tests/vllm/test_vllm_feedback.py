@@ -14,12 +14,20 @@ from test_refuse import config
 from vllm.model_executor.models.utils import extract_layer_index
 
 
+@pytest.fixture(autouse=True)
+def on_gpus_too(monkeypatch):
+    monkeypatch.setenv("KVARN_FEEDBACK", "on")
+
+
 def test_the_switch(monkeypatch):
-    assert refuse.feedback_of(config()) == "on"
+    monkeypatch.delenv("KVARN_FEEDBACK")
+    for platform, default in (("cpu", "on"), ("cuda", "off")):
+        monkeypatch.setattr(refuse.compat, "platform_name", lambda name=platform: name)
+        assert refuse.feedback_of(config()) == default
     assert refuse.feedback_of(config(additional_config={"kvarn_feedback": "off"})) == "off"
     monkeypatch.setenv("KVARN_FEEDBACK", "off")
     assert refuse.feedback_of(config()) == "off"
-    with pytest.raises(Refused, match="unknown kvarn feedback 'weights'; allowed are on and off"):
+    with pytest.raises(Refused, match="unknown kvarn feedback 'weights'; allowed are off and on"):
         refuse.feedback_of(config(additional_config={"kvarn_feedback": "weights"}))
 
 
@@ -48,10 +56,12 @@ def test_norms_of_queries_and_layers_with_windows(tmp_path, name, packed):
 
 @pytest.mark.usefixtures("row_by_row")
 @pytest.mark.parametrize("options", [{"kvarn_feedback": "off"}, {"kvarn_encoder": "varnorm"}], ids=str)
-def test_without(small_model, prompts, base, options):
+def test_without(small_model, prompts, options):
+    with Engine(small_model) as engine:
+        given = engine.run(prompts[3:5])
     with Engine(small_model, additional_config=options) as engine:
         assert [impl.feedback for impl in impls(engine)] == [None] * 6
-        assert first_difference(engine.run(prompts[3:5]), base[3:5]) is not None
+        assert first_difference(engine.run(prompts[3:5]), given) is not None
 
 
 def test_a_model_that_cannot_be_run_ahead_is_served_without(small_model, prompts, monkeypatch):
