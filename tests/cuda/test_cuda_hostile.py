@@ -75,14 +75,6 @@ def test_refused(verb, name, change, classes):
 
 
 OPTIONS = [
-    *(("append", dict(feedback=b), REFUSED) for b in (
-        3, np.zeros((2, MAIN[1], MAIN[1]), np.float32), torch.zeros(2, MAIN[1], MAIN[1]),
-        torch.zeros(2, MAIN[1], MAIN[1], device=DEVICE, dtype=torch.float16),
-        torch.zeros(1, MAIN[1], MAIN[1], device=DEVICE),
-        torch.zeros(2, MAIN[1], 2 * MAIN[1], device=DEVICE)[..., ::2],
-        torch.zeros(2 * MAIN[1] * MAIN[1] + 1, device=DEVICE)[1:].view(2, MAIN[1], MAIN[1]),
-    )),
-    ("append", dict(feedback=torch.zeros(2, MAIN[1], MAIN[1], device=DEVICE), encoder="varnorm"), ValueError),
     ("append", dict(encoder="unknown"), ValueError), ("append", dict(target="avx2"), ValueError),
     ("append", dict(slots=torch.zeros(5, dtype=torch.int64)), REFUSED), ("append", dict(slots=3), TypeError),
     ("append", dict(plan=3), TypeError), ("append", dict(workspace=3), TypeError),
@@ -102,6 +94,25 @@ def test_refused_options(verb, options, classes):
     with pytest.raises(classes) as caught:
         getattr(kvarn, verb)(**(arguments(verb) | options))
     assert len(str(caught.value)) > 10
+
+
+def test_refused_feedback():
+    head_dim = MAIN[1]
+    zeros = torch.zeros(2, head_dim, head_dim, device=DEVICE)
+    for feedback in (
+        3,
+        np.zeros((2, head_dim, head_dim), np.float32),
+        zeros.cpu(),
+        zeros.half(),
+        zeros[:1],
+        torch.zeros(2, head_dim, 2 * head_dim, device=DEVICE)[..., ::2],
+        torch.zeros(zeros.numel() + 1, device=DEVICE)[1:].view_as(zeros),
+    ):
+        with pytest.raises(REFUSED) as caught:
+            kvarn.append(**arguments("append"), feedback=feedback)
+        assert len(str(caught.value)) > 10
+    with pytest.raises(ValueError, match="varnorm"):
+        kvarn.append(**arguments("append"), feedback=zeros, encoder="varnorm")
 
 
 def test_plans_are_for_one_layout_window_and_heads():
