@@ -96,6 +96,7 @@ REFUSED = [
     ({"speculative_config": drafts("dflash", 2)}, "speculative method dflash"),
     ({"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")}, "KV connector NixlConnector"),
     ({"additional_config": {"kvarn_encoder": "best"}}, "encoder 'best'; allowed are weighted and varnorm"),
+    ({"additional_config": {"kvarn_feedback": "yes"}}, "feedback 'yes'; allowed are on and off"),
 ]
 
 
