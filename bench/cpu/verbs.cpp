@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../feedback.hpp"
 #include "kvarn/kvarn.hpp"
 
 namespace {
@@ -44,14 +45,6 @@ struct Setup {
     fill(q, int64_t{queries} * head_dim);
     out.resize(q.size());
   }
-  // Above the diagonal numbers that pass about half of an error on.
-  void feed() {
-    const auto head_dim = static_cast<size_t>(layout.head_dim), size = head_dim * head_dim;
-    feedback.assign(static_cast<size_t>(heads) * size, 0.0f);
-    for (size_t at = 0; at < feedback.size(); ++at)
-      if (at % head_dim > at % size / head_dim)
-        feedback[at] = static_cast<float>(at * 2654435769u % 101) * 0.0016f - 0.08f;
-  }
   static int64_t bytes(const char* preset, int32_t head_dim, int32_t kv_heads, int32_t count, kvarn::Layout& layout) {
     return kvarn::Layout::make(preset, head_dim, kv_heads, layout) ? layout.pages_of(count) * layout.page_bytes : 0;
   }
@@ -85,7 +78,7 @@ struct Setup {
 void append_tile(benchmark::State& state, const char* preset, int32_t head_dim, const char* target,
                  kvarn_encoder encoder, bool feed) {
   Setup reference(preset, head_dim, 1, 1, 1024), setup(preset, head_dim, 1, 1, 1024);
-  if (feed) reference.feed(), setup.feed();
+  if (feed) reference.feedback = setup.feedback = timed::feedback(1, head_dim);
   if (!reference.append("scalar", encoder) || !setup.append(target, encoder) || reference.record(3) != setup.record(3))
     return state.SkipWithError("the record is not the reference's");
   for (auto _ : state) setup.append(target, encoder);

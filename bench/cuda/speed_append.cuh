@@ -2,6 +2,7 @@
 // append: the pages after a step must be the CPU library's, byte for byte, before the step is timed.
 #pragma once
 
+#include "../feedback.hpp"
 #include "speed_bench.cuh"
 
 namespace speed {
@@ -91,16 +92,6 @@ inline int64_t moved_bytes(const kvarn_layout& l, const AppendCase& c) {
   return l.kv_heads * (records * l.record_bytes + (rows + raw_tokens) * 4 * l.head_dim);
 }
 
-// Above the diagonal numbers that pass about half of an error on.
-inline std::vector<float> small_feedback(int heads, int head_dim) {
-  std::vector<float> b(static_cast<size_t>(heads * head_dim * head_dim), 0.0f);
-  for (size_t at = 0; at < b.size(); ++at) {
-    const size_t i = at / static_cast<size_t>(head_dim) % static_cast<size_t>(head_dim);
-    if (at % static_cast<size_t>(head_dim) > i) b[at] = static_cast<float>(at * 2654435769u % 101) * 0.0016f - 0.08f;
-  }
-  return b;
-}
-
 inline void append_checked(Bench& bench, const char* preset, int head_dim, int kv_heads, const AppendCase& c) {
   const Shape shape{preset, head_dim, 0, kv_heads, static_cast<int>(c.lengths.size()), c.rows};
   const kvarn_layout layout = layout_of(shape);
@@ -125,7 +116,7 @@ inline void append_checked(Bench& bench, const char* preset, int head_dim, int k
   const kvarn_rows k_rows = k.in(), v_rows = v.in();
   check(kvarn_cuda_plan(&layout, &device_step, 0, 0, &workspace, nullptr), "plan");
   check(cudaDeviceSynchronize(), "plan");
-  const std::vector<float> matrices = small_feedback(kv_heads, head_dim);
+  const std::vector<float> matrices = timed::feedback(kv_heads, head_dim);
   const Device<float> on_device(matrices);
   const float* feedback = c.feed ? on_device.data() : nullptr;
   const auto launch = [&](cudaStream_t stream, int layer) {
