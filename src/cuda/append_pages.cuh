@@ -4,9 +4,8 @@
 // One kernel writes raw tokens and packs, its CTAs in any order, because no two of them touch the same bytes except to
 // read. Let tile j of a request complete in this step, L be its length after the step, n and m as in specification
 // section 3.
-// - If L - (j+1) G > n, tile j has a raw tile in the workspace: the kernel before copied its older tokens there, and
-// the
-//   CTA that packs it writes its new ones there. It reads nothing of the pages and writes page j.
+// - If L - (j+1) G > n, tile j has a raw tile in the workspace: the kernel before copied its older tokens there,
+//   and the CTA that packs it writes its new ones there. It reads nothing of the pages and writes page j.
 // - Otherwise j is the last tile that completes. Its raw tokens lie in pages j+1 .. j+m; its CTA reads the older ones,
 //   writes the new ones, and writes page j. The tail, tile j+1, has at most n tokens, all in page j+1+m: a draft that
 //   straddles the edge is disjoint from the tile that it completes.
