@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every packed layer's feedback, from how large the queries of the model are that has just been loaded (kvarn.energy).
 
-It is a tensor of the layer from before vLLM measures memory and captures graphs on, and never changes.
+It is a buffer of the layer from before vLLM measures memory and captures graphs on, and never changes: vLLM saves
+buffers where a sleeping engine throws weights away.
 """
+
+import time
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -27,10 +30,14 @@ def settle(model: torch.nn.Module, model_config) -> None:
         return
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     packed = [layer for layer in layers if isinstance(layer.impl, KvarnLayer)]
+    begun = time.perf_counter()
     try:
         found = _energies(model, layers, config)
         for layer in packed:
-            layer.impl.feedback = kvarn.feedback(found[layer]).to(next(model.parameters()).device)
+            made = kvarn.feedback(found[layer]).to(next(model.parameters()).device)
+            layer.register_buffer("kvarn_feedback", made, persistent=False)
+            layer.impl.feedback = made
+        logger.info("kvarn: looked at the model's queries, for %.1f s", time.perf_counter() - begun)
     except Exception as error:  # the cache works without, only less precisely
         for layer in packed:
             layer.impl.feedback = None
@@ -47,21 +54,27 @@ def _energies(model, layers: list[Attention], config) -> dict[Attention, torch.T
         raise NotImplementedError("pipeline parallelism")
     found: dict[Attention, torch.Tensor] = {}
 
-    def zeros(layer, given, out):
-        query = given[0].view(-1, layer.num_heads, layer.head_size)
-        found[layer] = energy.of_queries(query, layer.num_kv_heads)
-        return torch.zeros_like(out)
+    def zeros(layer):
+        """In place of the layer's forward: neither kernels nor the memory that they keep for good are needed."""
+
+        def forward(query, key, value, output_shape=None, output_dtype=None):
+            found[layer] = energy.of_queries(query.view(-1, layer.num_heads, layer.head_size), layer.num_kv_heads)
+            shape = output_shape or (len(query), layer.num_heads * layer.head_size_v)
+            return query.new_zeros(shape, dtype=output_dtype)
+
+        return forward
 
     device = next(model.parameters()).device
     tokens = energy.tokens(config.model_config.get_vocab_size()).to(device)
     positions = torch.arange(len(tokens), device=device)
     if config.model_config.uses_mrope:
         positions = positions.expand(3, -1)
-    hooks = [layer.register_forward_hook(zeros) for layer in layers]
+    for layer in layers:
+        layer.forward = zeros(layer)
     try:
         with torch.inference_mode(), set_forward_context(None, config, num_tokens=len(tokens), skip_compiled=True):
             model(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers:
+            del layer.forward
     return found
