@@ -197,3 +197,13 @@ def test_prompts_take_turns_where_they_do_not_fit():
     assert step.first_row == 1
     assert step.groups == [prompts.Group(range(1, 3), 3 + 1, 1000), prompts.Group(range(4, 5), 5, 640)]
     assert len(prompts.Step.of(batch, 1, plan, SimpleNamespace(pages=22)).groups) == 1
+
+
+def test_sinks_keep_their_address_when_weights_are_loaded_again():
+    from kvarn.vllm.gpu import Impl
+
+    layer = SimpleNamespace(sinks=torch.ones(4, dtype=torch.bfloat16), _logits=None)
+    Impl.process_weights_after_loading(layer, torch.bfloat16)
+    first, layer.sinks = layer._logits, layer.sinks * 2
+    Impl.process_weights_after_loading(layer, torch.bfloat16)
+    assert layer._logits is first and first.tolist() == [2.0] * 4

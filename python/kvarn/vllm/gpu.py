@@ -91,8 +91,12 @@ class Impl(KvarnLayer):
         self._logits: torch.Tensor | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        if self.sinks is not None:
+        if self.sinks is None:
+            return
+        if self._logits is None:
             self._logits = self.sinks.float()
+        else:  # weights that were loaded again: graphs have the tensor's address
+            self._logits.copy_(self.sinks)
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
