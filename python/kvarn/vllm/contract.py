@@ -42,9 +42,11 @@ _MODULES = {
     "backends": "vllm.v1.attention.backends.registry",
     "cache": "vllm.config.cache",
     "config": "vllm.config.vllm",
+    "context": "vllm.forward_context",
     "flash": "vllm.v1.attention.backends.flash_attn",
     "flash_utils": "vllm.v1.attention.backends.fa_utils",
     "layer": "vllm.model_executor.layers.attention.attention",
+    "loaded": "vllm.model_executor.model_loader.utils",
     "manager": "vllm.v1.core.single_type_kv_cache_manager",
     "model": "vllm.config.model",
     "offload": "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler",
@@ -141,6 +143,13 @@ HOOKS = {
             "CommonAttentionMetadata.query_start_loc CommonAttentionMetadata.seq_lens CommonAttentionMetadata.causal "
             "CommonAttentionMetadata.num_reqs CommonAttentionMetadata.num_actual_tokens "
             "CommonAttentionMetadata.block_table_tensor CommonAttentionMetadata.slot_mapping"
+        )
+    },
+    "queries of a model": {
+        "weights loaded, one run": _names(
+            loaded="process_weights_after_loading(model,model_config)",
+            context="set_forward_context(attn_metadata,vllm_config,num_tokens,skip_compiled)",
+            layer="Attention.forward(query,key,value,output_shape,output_dtype)",
         )
     },
     "attention on GPUs": {
