@@ -14,20 +14,13 @@ from test_refuse import config
 from vllm.model_executor.models.utils import extract_layer_index
 
 
-@pytest.fixture(autouse=True)
-def on_gpus_too(monkeypatch):
-    monkeypatch.setenv("KVARN_FEEDBACK", "on")
-
-
 def test_the_switch(monkeypatch):
-    monkeypatch.delenv("KVARN_FEEDBACK")
-    for platform, default in (("cpu", "on"), ("cuda", "off")):
-        monkeypatch.setattr(refuse.compat, "platform_name", lambda name=platform: name)
-        assert refuse.feedback_of(config()) == default
+    monkeypatch.delenv("KVARN_FEEDBACK", raising=False)
+    assert refuse.feedback_of(config()) == "on"
     assert refuse.feedback_of(config(additional_config={"kvarn_feedback": "off"})) == "off"
     monkeypatch.setenv("KVARN_FEEDBACK", "off")
     assert refuse.feedback_of(config()) == "off"
-    with pytest.raises(Refused, match="unknown kvarn feedback 'weights'; allowed are off and on"):
+    with pytest.raises(Refused, match="unknown kvarn feedback 'weights'; allowed are on and off"):
         refuse.feedback_of(config(additional_config={"kvarn_feedback": "weights"}))
 
 
@@ -39,7 +32,9 @@ def assert_as_in_transformers(folder, packed) -> None:
     with Engine(folder, dtype="float32") as engine:
         runner = engine.llm.llm_engine.model_executor.driver_worker.model_runner
         layers = runner.vllm_config.compilation_config.static_forward_context
-        kept = {extract_layer_index(name): getattr(layer.impl, "feedback", None) for name, layer in layers.items()}
+        kept = {extract_layer_index(name): getattr(layer, "kvarn_feedback", None) for name, layer in layers.items()}
+        for layer in layers.values():
+            assert getattr(layer.impl, "feedback", None) is getattr(layer, "kvarn_feedback", None)
     assert {number for number, made in kept.items() if made is not None} == packed
     for number in packed:
         assert torch.equal(kept[number].cpu(), kvarn.feedback(found[number]))

@@ -79,8 +79,8 @@ def prompts_of(config) -> str:
 
 def feedback_of(config) -> str:
     """Whether keys are rounded for the model's queries: additional_config["kvarn_feedback"], else $KVARN_FEEDBACK, else
-    on; on GPUs off, where append takes 1.65 times as long with it and no engine has run with it yet."""
-    return _choice(config, "kvarn_feedback", ("off", "on") if compat.platform_name() == "cuda" else ("on", "off"))
+    on."""
+    return _choice(config, "kvarn_feedback", ("on", "off"))
 
 
 def option_of(config, option: str):
