@@ -47,7 +47,10 @@ class Beside:
         own = self._own[name]
         gpu_forward()
         n = int(batch[2][-1])
-        kvarn.append(impl.layout, own, *batch, key[:n].cpu(), value[:n].cpu(), encoder=impl.encoder)
+        feedback = None if impl.feedback is None else impl.feedback.cpu()
+        kvarn.append(
+            impl.layout, own, *batch, key[:n].cpu(), value[:n].cpu(), encoder=impl.encoder, feedback=feedback
+        )  # fmt: skip
         theirs = kvarn.attend(
             impl.layout, own, *batch, query[:n].cpu(), scale=impl.scale, soft_cap=impl.soft_cap
         ).flatten(1)  # fmt: skip

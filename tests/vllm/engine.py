@@ -49,9 +49,12 @@ class Answer:
 
 
 class Engine:
-    """`with Engine(model, ...) as engine:`; options are vLLM's, with these defaults. One thread, in this process."""
+    """`with Engine(model, ...) as engine:`; options are vLLM's, with these defaults. One thread, in this process.
 
-    def __init__(self, model, **options):
+    in_process  False: vLLM's scheduler and workers are processes of their own, as a server has them
+    """
+
+    def __init__(self, model, in_process: bool = True, **options):
         defaults = {
             "kv_cache_dtype": PRESET,
             "max_model_len": 1024,
@@ -64,12 +67,13 @@ class Engine:
             "skip_tokenizer_init": True,
         } | ({"gpu_memory_utilization": 0.05} if ON_GPU else {})  # several engines may share a GPU
         self._options = defaults | options | {"model": str(model), "disable_log_stats": False}
-        self._cached = 0
+        self._in_process, self._cached = in_process, 0
 
     def __enter__(self) -> "Engine":
-        logging.getLogger("vllm").setLevel(logging.ERROR)
+        if self._in_process:
+            logging.getLogger("vllm").setLevel(logging.ERROR)
         self._patch, self._threads = pytest.MonkeyPatch(), torch.get_num_threads()
-        self._patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        self._patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(not self._in_process)))
         if ON_GPU:
             self._patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(RUNNER == "2")))
             # vLLM's graphs of a process share one memory pool, which goes with the first engine's.

@@ -14,7 +14,7 @@ from engine import Engine
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
-    with Engine(asked["model"], **asked["options"]) as engine:
+    with Engine(asked["model"], in_process=False, **asked["options"]) as engine:
         answers = engine.run(asked["prompts"], tokens=12) + engine.run(asked["prompts"], tokens=12)
     Path(asked["answers"]).write_text(json.dumps([asdict(answer) for answer in answers]))
 

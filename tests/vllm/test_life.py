@@ -20,12 +20,15 @@ def test_idle_steps_write_nothing(small_model, prompts, base, options):
     assert first_difference([answers[str(i)] for i in range(len(prompts))], base) is None
 
 
-@pytest.mark.parametrize("level", [1])
+@pytest.mark.parametrize("level", [1, 2])
 def test_sleep_and_wake(small_model, prompts, base, level):
+    """At level 2 vLLM throws weights away, and reads them again."""
     with Engine(small_model, **CACHE, **GRAPHS, enable_sleep_mode=True) as engine:
         before = engine.run(prompts)
         engine.llm.sleep(level=level)
         engine.llm.wake_up()
+        if level == 2:
+            engine.llm.collective_rpc("reload_weights")
         after, warm = engine.run(prompts), engine.run(prompts)
         assert engine.counters()["hits"] > 1000
     for ours in (before, after, warm):

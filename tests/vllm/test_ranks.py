@@ -16,9 +16,7 @@ from engine import CACHE, GPU, GRAPHS, Answer, Engine
 from test_models import PRECISE, ROOM, gap, texts  # noqa: F401  (a fixture)
 
 pytestmark = [*GPU, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")]
-# In one process with its scheduler a rank must not schedule ahead: its last step then computes nothing, while the other
-# rank waits for it.
-OPTIONS = PRECISE | ROOM | CACHE | {"async_scheduling": False}
+OPTIONS = PRECISE | ROOM | CACHE
 SHARES = (slice(0, 13), slice(13, 16))  # of the prompts
 TIMEOUT_S = 300
 
@@ -40,6 +38,7 @@ def test_two_ranks(tmp_path, texts, name, options):  # noqa: F811
         for process in ranks:
             process.kill()
     for rank, share in enumerate(SHARES):
+        assert "kvarn: looked at the model's queries" in (tmp_path / f"{rank}.log").read_text()
         written = json.loads(_answers(tmp_path, rank).read_text())
         told = [Answer(tuple(answer["tokens"]), tuple(answer["logprobs"])) for answer in written]
         cold, warm = told[: len(told) // 2], told[len(told) // 2 :]
