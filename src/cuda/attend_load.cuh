@@ -178,10 +178,10 @@ class Loader {
                               : p_.pages + pages[k] * p_.page_stride + int64_t{head} * S::record_bytes +
                                     ((keys ? 0 : kN) - (begin + k * kN)) * kRow;
     if (lane_ < kRows * kLanes) {
-      const int chunk = 16 * (lane_ % kLanes);
+      // Beyond the tile's last token its V is read again, since what p = 0 multiplies must be finite; K there is hidden.
+      const int chunk = 16 * (lane_ % kLanes), rows = keys ? min(tokens, kRawStep) : kRawStep;
 #pragma unroll 4
-      for (int row = lane_ / kLanes; row < kRawStep; row += kRows) {
-        // Beyond the last token of the tile the last one is read again: what p = 0 multiplies must be finite.
+      for (int row = lane_ / kLanes; row < rows; row += kRows) {
         const int token = first + min(row, tokens - 1);
         const uint8_t* source = from[0];
 #pragma unroll

@@ -69,7 +69,7 @@ __device__ int32_t tiles_of(const Inputs& in, const RequestPlan& r) {
 
 __device__ int32_t weight_before(const BlockPlan& b, int32_t step) {
   const int32_t packed = packed_steps(b);
-  return kPackedWeight * min(step, packed) + kRawWeight * max(step - packed, 0);
+  return kPackedWeight * min(step, packed) + kRawWeight * max(step - packed, 0) + (step > 0 ? kSegmentWeight : 0);
 }
 __device__ int32_t weight_of(const BlockPlan& b) { return weight_before(b, b.steps); }
 
@@ -114,6 +114,7 @@ __device__ Cut cut_at(const Inputs& in, const BlockPlan* blocks, int32_t index, 
 
 // The step of a segment's `weight`.
 __device__ int32_t step_at(const BlockPlan& b, int32_t weight) {
+  weight = max(weight - kSegmentWeight, 0);
   const int32_t packed = packed_steps(b), raw = weight - kPackedWeight * packed;
   return raw <= 0 ? (weight + kPackedWeight / 2) / kPackedWeight : packed + (raw + kRawWeight / 2) / kRawWeight;
 }
@@ -171,7 +172,7 @@ __device__ Cut cut_of_list(const Inputs& in, const BlockPlan* blocks, int32_t co
     const int32_t index = begin.block + last_at_most(min(end.block + 1, count) - begin.block, number,
                                                      [&](int32_t i) { return blocks[begin.block + i].steps_before; });
     const int32_t inside = number - blocks[index].steps_before, size = blocks[index].steps;
-    return {index, inside / size, inside % size, number};
+    return cut_at(in, blocks, index, inside / size, inside % size, 0);
   }
   const int64_t first = weight_at(begin), weight = weight_at(end) - first;
   const Cut cut = cut_at_weight(in, blocks, begin.block, min(end.block + 1, count), first + weight * list / in.teams,

@@ -61,7 +61,8 @@ inline constexpr int kPieceTiles = 4;  // packed tiles that are chained, at abso
 constexpr int raw_row_bytes(int head_dim) { return 2 * head_dim + 16; }
 // Raw tokens in place of a tile: 32 if their K fits where a tile's does.
 constexpr int raw_step(const kvarn_layout& l) { return 32 * raw_row_bytes(l.head_dim) <= l.v_codes ? 32 : 16; }
-inline constexpr int kPackedWeight = 2, kRawWeight = 3;  // of a step, as its time
+// Of a step, as its time, and of a segment, whose queries are prepared first and which is finished.
+inline constexpr int kPackedWeight = 2, kRawWeight = 3, kSegmentWeight = 3;
 inline constexpr int kMinBlockColumns = 4, kMaxBlockColumns = 16;
 // Four columns are a quad: what one MMA multiplies, since a column takes two of its eight, and what one partial result
 // is of. A computing warp has one quad, or two of wider blocks: then it unpacks once for both.
