@@ -2,7 +2,10 @@
 // The tiles that a step completes: which they are, and their raw values into shared memory.
 #pragma once
 
+#include <cuda_pipeline.h>
+
 #include "cuda/append_pages.cuh"
+#include "cuda/encode_lines.cuh"
 
 namespace kvarn::cuda {
 
@@ -12,9 +15,9 @@ struct Completed {
   int older;  // tokens from before this step
 };
 
-// The `index`-th tile that completes, for the whole CTA; tile.rows is 0 if there are fewer.
+// The `index`-th tile that completes, for the whole CTA, in shared memory; tile.rows is 0 if there are fewer.
 template <class Shape, int kThreads>
-__device__ inline Completed find_completed(const AppendArguments& a, int tiles, int index) {
+__device__ inline const Completed& find_completed(const AppendArguments& a, int tiles, int index) {
   constexpr int kWarps = kThreads / 32;
   __shared__ int warp_count[kWarps];
   __shared__ Completed found;
@@ -49,33 +52,81 @@ __device__ inline Completed find_completed(const AppendArguments& a, int tiles, 
   return found;
 }
 
-// Brings a completed tile's raw values of one side into shared memory, and writes the new ones raw if `store`.
+// A chunk in the order of its places in shared memory (place_of).
+__device__ inline uint4 placed(uint4 chunk) {
+  return make_uint4(__byte_perm(chunk.x, chunk.z, 0x5410), __byte_perm(chunk.x, chunk.z, 0x7632),
+                    __byte_perm(chunk.y, chunk.w, 0x5410), __byte_perm(chunk.y, chunk.w, 0x7632));
+}
+
+// Where the raw tokens of one side of a tile lie, n at a time: in the pages ahead, or in the workspace.
+template <class Shape>
+struct RawPieces {
+  static constexpr int kTokens = Shape::raw_tokens_per_page, kPieces = Shape::pages_ahead;
+  static_assert(kTokens * kPieces >= Shape::page_tokens);
+  uint16_t* piece[kPieces];
+  __device__ uint4* at(int offset) const {
+    return reinterpret_cast<uint4*>(piece[offset / kTokens] + offset % kTokens * Shape::head_dim);
+  }
+};
+
+// Brings a completed tile's raw values of one side into shared memory, and writes the new ones raw if `store`. All is
+// asked for at once, the caller's rows of 16 bits too: what a thread asks for, it works on in its place.
 template <class Shape, int kThreads, class Memory>
 __device__ inline void gather(const AppendArguments& a, const Completed& c, int head, bool values, bool store,
                               Memory& memory) {
   constexpr int kStride = Shape::head_dim + kChunk, kChunks = Shape::head_dim / kChunk;
+  constexpr int kLanes = kVectorLanes<Shape::head_dim>, kStep = kThreads / kLanes;
+  __shared__ RawPieces<Shape> raw;
   const Places<Shape> places{a};
   const TilePlan& tile = c.tile;
-  const auto place = [&](int offset) {
-    return tile.raw < 0 ? places.in_pages(tile.request, tile.tile, offset, head, values)
-                        : places.in_workspace(tile.raw, offset, head, values);
+  const Rows from = values ? a.v : a.k;
+  const int older = c.older, rows = min(tile.rows, Shape::page_tokens - older);
+  const int lane = threadIdx.x % kLanes, mine = threadIdx.x / kLanes;  // of a row's chunks; the first of the rows
+  const bool has = has_chunk<Shape::head_dim>(lane), direct = from.aligned && from.dtype != KVARN_FLOAT32;
+  const auto kept = [&](int offset) { return reinterpret_cast<uint4*>(memory.values + offset * kStride); };
+  const auto element = [&](int row) {
+    return (int64_t{tile.first_row} + row) * from.token_stride + head * from.head_stride + kChunk * lane;
   };
-#pragma unroll 4
-  for (int i = threadIdx.x; i < c.older * kChunks; i += kThreads) {
-    const int offset = i / kChunks, chunk = i % kChunks;
-    reinterpret_cast<uint4*>(memory.values + offset * kStride)[chunk] =
-        reinterpret_cast<const uint4*>(place(offset))[chunk];
+
+  if (threadIdx.x < RawPieces<Shape>::kPieces) {
+    const int offset = threadIdx.x * RawPieces<Shape>::kTokens;
+    raw.piece[threadIdx.x] = tile.raw < 0 ? places.in_pages(tile.request, tile.tile, offset, head, values)
+                                          : places.in_workspace(tile.raw, offset, head, values);
   }
-  constexpr int kLanes = kVectorLanes<Shape::head_dim>, kVectors = 32 / kLanes;
-  const int sub = threadIdx.x % 32 / kLanes, lane = threadIdx.x % kLanes;
+  if (direct && has) {
+    const uint16_t* source = static_cast<const uint16_t*>(from.data) + element(mine);
+#pragma unroll 1
+    for (int row = mine; row < rows; row += kStep, source += kStep * from.token_stride)
+      __pipeline_memcpy_async(kept(older + row) + lane, source, sizeof(uint4));
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < older * kChunks; i += kThreads)
+    __pipeline_memcpy_async(kept(i / kChunks) + i % kChunks, raw.at(i / kChunks) + i % kChunks, sizeof(uint4));
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+
+#pragma unroll 1
+  for (int i = threadIdx.x; i < older * kChunks; i += kThreads) {
+    uint4& chunk = kept(i / kChunks)[i % kChunks];
+    chunk = placed(chunk);
+  }
   int replaced = 0;
-#pragma unroll 2
-  for (int first = threadIdx.x / 32 * kVectors; first < tile.rows; first += kThreads / kLanes) {
-    const int row = first + sub, offset = c.older + row;
-    const bool valid = row < tile.rows && offset < Shape::page_tokens;
-    replaced += rotate_raw<Shape::head_dim>(values ? a.v : a.k, int64_t{tile.first_row} + row, head, lane, valid,
-                                            valid && store ? place(offset) : nullptr,
-                                            valid ? memory.values + offset * kStride : nullptr);
+#pragma unroll 1
+  for (int first = threadIdx.x / 32 * (32 / kLanes); first < rows; first += kStep) {  // of the warp's
+    const int row = first + mine % (32 / kLanes), offset = older + row;
+    const bool valid = row < rows && has;
+    uint4* const keep = kept(offset) + lane;
+    float x[kChunk] = {};
+    if (valid) {
+      if (direct)
+        widen_chunk(*keep, from.dtype, x);
+      else
+        load_chunk(from, element(row), x);
+    }
+    const uint4 chunk = rotate_raw<Shape::head_dim>(x, lane, replaced);
+    if (valid) *keep = placed(chunk);
+    if (valid && store) raw.at(offset)[lane] = chunk;
   }
   if (store) count_replaced(a, replaced);
 }

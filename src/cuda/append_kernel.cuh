@@ -33,28 +33,28 @@ __device__ inline void encode(Memory& memory, const float* feedback, uint8_t* re
   write_record<Shape, Is>(memory, kEncoder == KVARN_WEIGHTED ? 1 / kLift : 1, record);
 }
 
+// V first: its norms are in the weights of K's tokens. One loop, so that what brings the values is there once.
 template <class Shape, int kThreads, kvarn_encoder kEncoder, class Memory>
 __device__ inline void pack(const AppendArguments& a, const Completed& c, int head, Half half, Memory& memory) {
   constexpr bool kWeighted = kEncoder == KVARN_WEIGHTED;
   uint8_t* record = Places<Shape>{a}.region(c.tile.request, c.tile.tile, head);
-  const auto load = [&](bool values, bool store, Real* norms) {
-    gather<Shape, kThreads>(a, c, head, values, store, memory);
+  const float* feedback = a.feedback == nullptr ? nullptr : a.feedback + head * (Shape::head_dim * Shape::head_dim);
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {
+    const bool values = side == 0, wanted = half != (values ? Half::kKeys : Half::kValues);
+    if (!wanted && !(values && kWeighted)) continue;
+    gather<Shape, kThreads>(a, c, head, values, wanted, memory);
     __syncthreads();
     if constexpr (kWeighted) {
-      token_norms<kThreads, Shape::page_tokens, Shape::head_dim>(memory.values, norms);
+      token_norms<kThreads, Shape::page_tokens, Shape::head_dim>(memory.values, values ? memory.v_norm : memory.k_norm);
       __syncthreads();
     }
-  };
-  // V first: its norms are in the weights of K's tokens.
-  if (kWeighted || half != Half::kKeys) load(true, half != Half::kKeys, memory.v_norm);
-  if (half != Half::kKeys) {
-    encode<Shape, kThreads, kEncoder, true>(memory, nullptr, record);
+    if (!wanted) continue;
+    if (values)
+      encode<Shape, kThreads, kEncoder, true>(memory, nullptr, record);
+    else
+      encode<Shape, kThreads, kEncoder, false>(memory, feedback, record);
     __syncthreads();
-  }
-  if (half != Half::kValues) {
-    load(false, true, memory.k_norm);
-    const float* b = a.feedback == nullptr ? nullptr : a.feedback + head * (Shape::head_dim * Shape::head_dim);
-    encode<Shape, kThreads, kEncoder, false>(memory, b, record);
   }
 }
 
@@ -74,7 +74,7 @@ __global__ __launch_bounds__(kThreads,
   const bool both = pairs >= gridDim.x;
   for (int64_t item = blockIdx.x; item < (both ? 1 : 2) * pairs; item += gridDim.x) {
     const int pair = static_cast<int>(item < pairs ? item : item - pairs), head = pair % a.kv_heads;
-    const Completed c = find_completed<Shape, kThreads>(a, header.tiles, pair / a.kv_heads);
+    const Completed& c = find_completed<Shape, kThreads>(a, header.tiles, pair / a.kv_heads);
     if (c.tile.rows == 0) return;
     const Half half = both ? Half::kBoth : item < pairs ? Half::kKeys : Half::kValues;
     pack<Shape, kThreads, kEncoder>(a, c, head, half, memory);

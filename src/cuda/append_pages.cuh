@@ -59,24 +59,14 @@ struct Places {
   }
 };
 
-// Rotates a vector of the caller and writes it raw: to global memory at `store`, to shared memory at `keep`, where
-// these are not null. All 32 lanes of the warp take part; those without a vector say so with `valid`. Returns how many
-// elements were replaced.
+// Rotates a vector of the caller, in the lanes' chunks, to what is written raw. All 32 lanes of the warp take part,
+// those without a chunk with zeros. Counts the elements that it replaces.
 template <int kHeadDim>
-__device__ inline int rotate_raw(const Rows& rows, int64_t token, int head, int lane, bool valid, uint16_t* store,
-                                 __half* keep) {
-  float x[kChunk] = {};
-  int replaced = 0;
-  valid = valid && has_chunk<kHeadDim>(lane);
-  if (valid) {
-    load_chunk(rows, token * rows.token_stride + head * rows.head_stride + kChunk * lane, x);
-    replaced = sanitize(x);
-  }
+__device__ inline uint4 rotate_raw(float (&x)[kChunk], int lane, int& replaced) {
+  const bool tame = __all_sync(0xffffffffu, magnitude(x) <= kTame);
+  if (!tame) replaced += sanitize(x);
   rotate<kHeadDim>(x, lane);
-  const uint4 chunk = raw_chunk(x);
-  if (valid && store != nullptr) reinterpret_cast<uint4*>(store)[lane] = chunk;
-  if (valid && keep != nullptr) reinterpret_cast<uint4*>(keep)[lane] = chunk;
-  return replaced;
+  return raw_chunk(x, !tame);
 }
 
 __device__ inline void count_replaced(const AppendArguments& a, int replaced) {

@@ -49,8 +49,15 @@ __device__ inline void write_tails(const AppendArguments& a) {
     const int back = rows - row;  // counted from the end of the request
     uint16_t* to =
         valid ? places.in_pages(request, is.length / Shape::page_tokens, tail - back, head, values) : nullptr;
+    const Rows& from = values ? a.v : a.k;
     const int64_t token = int64_t{is.first_row} + is.queries - back;
-    count_replaced(a, rotate_raw<Shape::head_dim>(values ? a.v : a.k, token, head, lane, valid, to, nullptr));
+    const bool mine = valid && has_chunk<Shape::head_dim>(lane);
+    float x[kChunk] = {};
+    int replaced = 0;
+    if (mine) load_chunk(from, token * from.token_stride + head * from.head_stride + kChunk * lane, x);
+    const uint4 chunk = rotate_raw<Shape::head_dim>(x, lane, replaced);
+    if (mine) reinterpret_cast<uint4*>(to)[lane] = chunk;
+    count_replaced(a, replaced);
   }
 }
 

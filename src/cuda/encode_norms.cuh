@@ -10,22 +10,21 @@ namespace kvarn::cuda {
 // norm[t] = SUM_d x*x of every token. Ends without a barrier.
 template <int kThreads, int kTokens, int kHeadDim>
 __device__ inline void token_norms(const __half* values, Real* norm) {
-  using Tokens = EncodeShape<kThreads, Side::kValues, kTokens, kHeadDim, 8>;
-  const RowLane<Tokens> at;
-#pragma unroll 1
-  for (int t = at.row; t < kTokens; t += Tokens::rows_at_once) {
+  using Tokens = Lines<kThreads, true, kTokens, kHeadDim>;
+  const Tokens at;
+  Tokens::for_each([&](int first) {
     Real x[Tokens::held];
-    load_row<Tokens>(values, t, at.q, x);
-    const Real squares = row_sum<Tokens>([&](int i) { return x[i] * x[i]; });
-    if (at.q == 0) norm[t] = squares;
-  }
+    at.load_all(values, first, x);
+    const Real squares = Tokens::sum([&](int i) { return x[i] * x[i]; });
+    if (at.lane == 0) norm[first + at.in_warp] = squares;
+  });
 }
 
 // (SUM_t norm) / G, by every warp for itself.
 template <int kTokens>
 __device__ inline Real mean_norm(const Real* norm) {
   const int lane = threadIdx.x % 32;
-  return sum<kTokens, 32, 1>([&](int i) { return norm[lane + 32 * i]; }) / Real(static_cast<float>(kTokens));
+  return warp_sum<kTokens>([&](int i) { return norm[lane + 32 * i]; }) / Real(static_cast<float>(kTokens));
 }
 
 // The importance of tokens, from the ratio of the mean norm to theirs.
@@ -39,7 +38,7 @@ __device__ inline void token_norm(const Real* norm, Real* c) {
   constexpr int kCount = Shape::columns / 32;
   const auto root = [&](int t) { return square_root(norm[t] / Real(static_cast<float>(Shape::rows))); };
   int exponents = 0;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kCount; ++i) {
     const int e = static_cast<int>(__float_as_uint(root(threadIdx.x % 32 + 32 * i).value) >> 23) - 127;
     exponents += e > -24 ? e : -24;

@@ -8,16 +8,17 @@
 namespace kvarn::cuda {
 
 // The codes of four adjacent columns of the code matrix, as the bytes 0 2 1 3 of a word. K's matrix is
-// [token][channel], V's [channel][token]; the codes lie [token][channel] as 16-bit integers.
+// [token][channel], V's [channel][token]; the codes lie [token][place of the channel] as 16-bit integers.
 template <class Shape>
 __device__ inline uint32_t four_codes(const uint16_t* codes, int matrix_row, int matrix_column) {
   if constexpr (Shape::side == Side::kKeys) {
-    const uint2 pairs = *reinterpret_cast<const uint2*>(codes + matrix_row * Shape::stride + matrix_column);
-    return pairs.x | pairs.y << 8;
+    // Eight channels: pairs 0 4, 1 5, 2 6, 3 7.
+    const uint4 pairs = *reinterpret_cast<const uint4*>(codes + matrix_row * Shape::stride + matrix_column / 8 * 8);
+    return __byte_perm(pairs.x + (pairs.z << 8), pairs.y + (pairs.w << 8), matrix_column & 4 ? 0x7632 : 0x5410);
   } else {
-    const uint16_t* at = codes + matrix_column * Shape::stride + matrix_row;
+    const uint16_t* at = codes + matrix_column * Shape::stride + place_of(matrix_row);
     const uint32_t c0 = at[0], c1 = at[Shape::stride], c2 = at[2 * Shape::stride], c3 = at[3 * Shape::stride];
-    return c0 | c2 << 8 | c1 << 16 | c3 << 24;
+    return c0 + (c2 << 8) + (c1 << 16) + (c3 << 24);
   }
 }
 static_assert(format::word_byte(1) == 2 && format::word_byte(2) == 1);
@@ -54,9 +55,9 @@ __device__ inline void pack_plane(const uint16_t* codes, uint8_t* out) {
     for (int fc = 0; fc < kIs.column_fields; ++fc) {
 #pragma unroll
       for (int fr = 0; fr < kIs.row_fields; ++fr) {
-        const uint32_t four =
-            four_codes<Shape>(codes, row + format::kLineRows * fr, column + format::kWordColumns * fc);
-        word |= (four >> kIs.shift & kMask) << (kIs.width * (fc * kIs.row_fields + fr));
+        uint32_t four = four_codes<Shape>(codes, row + format::kLineRows * fr, column + format::kWordColumns * fc);
+        if constexpr (Shape::bits != kIs.width) four = four >> kIs.shift & kMask;  // one of two planes
+        word += four << (kIs.width * (fc * kIs.row_fields + fr));
       }
     }
     reinterpret_cast<uint32_t*>(out)[w] = word;

@@ -28,7 +28,13 @@ __device__ inline Real smaller(Real a, Real b) { return fminf(a.value, b.value);
 __device__ inline Real larger(Real a, Real b) { return fmaxf(a.value, b.value); }
 __device__ inline Real clamp(Real x, Real low, Real high) { return smaller(larger(x, low), high); }
 __device__ inline Real square_root(Real x) { return __fsqrt_rn(x.value); }
-__device__ inline Real reciprocal(Real x) { return __frcp_rn(x.value); }
+
+// 1 / x for x between 2^-100 and 2^99: there __frcp_rn does the same, behind a branch for what is special elsewhere.
+__device__ inline Real reciprocal(Real x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x.value));
+  return __fmaf_rn(r, __fmaf_rn(-x.value, r, 1.0f), r);
+}
 
 __device__ inline __half to_f16(Real x) { return __float2half_rn(clamp(x, -65504.0f, 65504.0f).value); }
 __device__ inline Real f16(Real x) { return __half2float(to_f16(x)); }
@@ -52,6 +58,9 @@ __device__ inline Real operator/(Real a, const Divisor& b) {
   q = __fmaf_rn(__fmaf_rn(-b.divisor.value, q, a.value), b.inverse.value, q);
   return __fmaf_rn(__fmaf_rn(-b.divisor.value, q, a.value), b.inverse.value, q);
 }
+// a / b without a branch, for b between 2^-100 and 2^99, a 0 or from 2^-120 to 2^100, the quotient 0 or from 2^-124 to
+// 2^100: lifted by 2^24, nothing on the way is subnormal.
+__device__ inline Real quotient(Real a, Real b) { return a * Real(0x1p24f) / Divisor(b) * Real(0x1p-24f); }
 
 // Several sums side by side.
 template <int kCount>
@@ -66,37 +75,15 @@ __device__ inline Sums<kCount> operator+(const Sums<kCount>& a, const Sums<kCoun
   return out;
 }
 
-// SUM of specification section 5 over kElements that lie cyclically over kLanes lanes: term(i) of lane l is element
-// l + kLanes * i. A lane's own elements make the upper levels of the tree, exchanges between lanes that are kLaneStride
-// apart the few lower ones. All these lanes get the result.
-template <int kLevel, int kElements, int kLanes, class Term>
-__device__ inline auto partial_sums(int first, const Term& term) {
-  if constexpr (kLevel == 32) {
-    auto sum = term(first);
+// SUM of specification section 5 over a warp: term(i) of lane l is element l + 32 i. All lanes get the result.
+template <int kElements, class Term>
+__device__ inline Real warp_sum(const Term& term) {
+  Real sum = term(0);
 #pragma unroll
-    for (int i = 1; i < kElements / 32; ++i) sum = sum + term(first + i * (32 / kLanes));
-    return sum;
-  } else {
-    return partial_sums<2 * kLevel, kElements, kLanes>(first, term) +
-           partial_sums<2 * kLevel, kElements, kLanes>(first + kLevel / kLanes, term);
-  }
-}
-template <int kElements, int kLanes, int kLaneStride, class Term>
-__device__ inline auto sums(const Term& term) {
-  auto sum = partial_sums<kLanes, kElements, kLanes>(0, term);
+  for (int i = 1; i < kElements / 32; ++i) sum = sum + term(i);
 #pragma unroll
-  for (int o = kLanes / 2; o >= 1; o /= 2) {
-    auto other = sum;
-#pragma unroll
-    for (Real& x : other.of) x = __shfl_xor_sync(0xffffffffu, x.value, o * kLaneStride);
-    sum = sum + other;
-  }
+  for (int o = 16; o >= 1; o /= 2) sum = sum + Real(__shfl_xor_sync(0xffffffffu, sum.value, o));
   return sum;
-}
-// The same of one sum.
-template <int kElements, int kLanes, int kLaneStride, class Term>
-__device__ inline Real sum(const Term& term) {
-  return sums<kElements, kLanes, kLaneStride>([&](int i) { return Sums<1>{{term(i)}}; }).of[0];
 }
 
 }  // namespace kvarn::cuda

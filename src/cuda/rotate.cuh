@@ -62,19 +62,24 @@ __device__ inline void load_chunk(const Rows& rows, int64_t first, float (&x)[kC
   }
 }
 
-// NaN to 0, magnitudes above 65504 to 65504. Returns how many elements it replaced.
-__device__ inline int sanitize(float (&x)[kChunk]) {
+// The largest magnitude, NaN if there is one.
+__device__ inline float magnitude(const float (&x)[kChunk]) {
   float most = 0;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(fabsf(x[i])));
+  return most;
+}
+// Below this, rotation keeps every element within f16's range.
+inline constexpr float kTame = 2048;
+
+// NaN to 0, magnitudes above 65504 to 65504. Returns how many elements it replaced.
+__device__ inline int sanitize(float (&x)[kChunk]) {
   int replaced = 0;
-  if (!(most <= 65504.0f)) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (fabsf(x[i]) <= 65504.0f) continue;
-      x[i] = x[i] > 0 ? 65504.0f : x[i] < 0 ? -65504.0f : 0.0f;
-      ++replaced;
-    }
+  for (int i = 0; i < kChunk; ++i) {
+    if (fabsf(x[i]) <= 65504.0f) continue;
+    x[i] = x[i] > 0 ? 65504.0f : x[i] < 0 ? -65504.0f : 0.0f;
+    ++replaced;
   }
   return replaced;
 }
@@ -117,17 +122,19 @@ __device__ inline void rotate(float (&x)[kChunk], int lane) {
   for (int i = 0; i < kChunk; ++i) x[i] = __fmul_rn(x[i], scale);
 }
 
-// A chunk as the pages hold it: f16, saturating, zeros without a sign.
-__device__ inline uint4 raw_chunk(const float (&x)[kChunk]) {
-  const __half2 most = __float2half2_rn(65504.0f), least = __hneg2(most);
+// A chunk as the pages hold it: f16, saturating if need be, zeros without a sign.
+__device__ inline uint4 raw_chunk(float (&x)[kChunk], bool saturate) {
+  if (saturate) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] = fminf(fmaxf(x[i], -65504.0f), 65504.0f);
+  }
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const __half2 rounded_pair = __float22half2_rn(make_float2(x[2 * i], x[2 * i + 1]));
-    const __half2 pair = __hmax2(__hmin2(rounded_pair, most), least);
+    const __half2 rounded = __float22half2_rn(make_float2(x[2 * i], x[2 * i + 1]));
     // Adding +0 takes a zero's sign away and changes nothing else.
-    const __half2 without_sign = __hadd2_rn(pair, __float2half2_rn(0.0f));
-    words[i] = *reinterpret_cast<const uint32_t*>(&without_sign);
+    const __half2 pair = __hadd2_rn(rounded, __float2half2_rn(0.0f));
+    words[i] = *reinterpret_cast<const uint32_t*>(&pair);
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }

@@ -44,39 +44,34 @@ __device__ inline Real updated(Real log_scale, Real std) {
 template <class Shape, class Memory>
 struct Varnorm {
   static constexpr int kIterations = 8;
-  static constexpr int kHeld = Shape::held, kHeldRows = Shape::rows / Shape::row_lanes;
+  using Rows = typename Shape::Rows;
+  using Columns = typename Shape::Columns;
+  static constexpr int kHeld = Rows::held;
   Memory& memory;
 
-  __device__ static Real row_deviation(const Real (&x)[kHeld]) {
-    const Real mean = row_sum<Shape>([&](int i) { return x[i]; }) / Real(static_cast<float>(Shape::columns));
-    const Real squares = row_sum<Shape>([&](int i) { return (x[i] - mean) * (x[i] - mean); });
-    return square_root(squares / Real(static_cast<float>(Shape::columns - 1)));
-  }
-  __device__ static Real column_deviation(const Real (&x)[kHeldRows]) {
-    const auto total = [](const auto& term) {
-      return column_sums<Shape>([&](int i) { return Sums<1>{{term(i)}}; }).of[0];
-    };
-    const Real mean = total([&](int i) { return x[i]; }) / Real(static_cast<float>(Shape::rows));
-    const Real squares = total([&](int i) { return (x[i] - mean) * (x[i] - mean); });
-    return square_root(squares / Real(static_cast<float>(Shape::rows - 1)));
+  // std of a line.
+  template <class Of>
+  __device__ static Real deviation(const Real (&x)[Of::held]) {
+    const Real mean = Of::sum([&](int i) { return x[i]; }) / Real(static_cast<float>(Of::length));
+    const Real squares = Of::sum([&](int i) { return (x[i] - mean) * (x[i] - mean); });
+    return square_root(squares / Real(static_cast<float>(Of::length - 1)));
   }
 
   __device__ void set_column(int column, Real scale) const {
-    memory.column_inverse[Shape::column_word(column)] = scale;
-    memory.column_weight[Shape::column_word(column)] = reciprocal(scale);
+    memory.column_inverse[Rows::word(column)] = scale;
+    memory.column_weight[Rows::word(column)] = reciprocal(scale);
   }
   __device__ void set_row(int row, Real scale, Real log_scale, Real std) const {
     memory.row[row] = {scale, log_scale, reciprocal(scale), std};
   }
 
   // m / (scale of its column), of a row.
-  __device__ void load(int row, int q, Real (&y)[kHeld]) const {
-    Real scale[kHeld], inverse[kHeld];
-    load_columns<Shape>(memory.column_inverse, q, scale);
-    load_columns<Shape>(memory.column_weight, q, inverse);
-    load_row<Shape>(memory.values, row, q, y);
+  __device__ void load(const Rows& at, int first, Real (&y)[kHeld]) const {
+    const Real *scale = memory.column_inverse + at.lane * Rows::lane_words,
+               *inverse = memory.column_weight + at.lane * Rows::lane_words;
+    at.load_all(memory.values, first, y);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) y[i] = y[i] / Divisor(scale[i], inverse[i]);
+    for (int i = 0; i < kHeld; ++i) y[i] = y[i] / Divisor(scale[Rows::held_word(i)], inverse[Rows::held_word(i)]);
   }
   __device__ static void divide(const Real (&y)[kHeld], Real scale, Real (&x)[kHeld]) {
     const Divisor by(scale);
@@ -86,45 +81,43 @@ struct Varnorm {
 
   template <class Body>
   __device__ void for_rows(const Body& body) const {
-    const RowLane<Shape> at;
-#pragma unroll 1
-    for (int row = at.row; row < Shape::rows; row += Shape::rows_at_once) {
+    const Rows at;
+    Rows::for_each([&](int first) {
       Real y[kHeld];
-      load(row, at.q, y);
-      body(row, at.q, y);
-    }
+      load(at, first, y);
+      body(at, first + at.in_warp, y);
+    });
   }
 
   // r and e^r from the present deviations of the rows, then the rows' std under them.
   __device__ void update_rows() const {
-    for_rows([&](int row, int q, const Real(&y)[kHeld]) {
+    for_rows([&](const Rows& at, int row, const Real(&y)[kHeld]) {
       const Row now = memory.row[row];
       __syncwarp();
       Real x[kHeld];
       divide(y, now.s, x);
-      const Real log_scale = updated(now.z, row_deviation(x)), scale = exponential(log_scale);
+      const Real log_scale = updated(now.z, deviation<Rows>(x)), scale = exponential(log_scale);
       divide(y, scale, x);
-      const Real std = row_deviation(x);
-      if (q == 0) set_row(row, scale, log_scale, std);
+      const Real std = deviation<Rows>(x);
+      if (at.lane == 0) set_row(row, scale, log_scale, std);
     });
   }
 
   __device__ void column_deviations() const {
-    const ColumnLane<Shape> at;
-#pragma unroll 1
-    for (int column = at.column; column < Shape::columns; column += Shape::columns_at_once) {
-      const int word = Shape::column_word(column);
+    const Columns at;
+    Columns::for_each([&](int first) {
+      const int column = first + at.in_warp, word = Rows::word(column);
       const Divisor by(memory.column_inverse[word], memory.column_weight[word]);
-      Real x[kHeldRows];
+      Real x[Columns::held];
+      at.load_all(memory.values, first, x);
 #pragma unroll
-      for (int i = 0; i < kHeldRows; ++i) {
-        const int row = at.p + Shape::row_lanes * i;
-        const Divisor by_row(memory.row[row].s, memory.row[row].inverse);
-        x[i] = raw_value<Shape>(memory.values, row, column) / by / by_row;
+      for (int i = 0; i < Columns::held; ++i) {
+        const Row& row = memory.row[at.start() + Columns::step(i)];
+        x[i] = x[i] / by / Divisor(row.s, row.inverse);
       }
-      const Real std = column_deviation(x);
-      if (at.p == 0) memory.deviation[column] = std;
-    }
+      const Real std = deviation<Columns>(x);
+      if (at.lane == 0) memory.deviation[column] = std;
+    });
   }
 
   // Highest over lowest of what the lanes hold.
@@ -150,17 +143,18 @@ struct Varnorm {
   // Codes and grids from the best scales.
   __device__ void quantize() const {
     uint16_t* codes = reinterpret_cast<uint16_t*>(memory.values);
-    for_rows([&](int row, int q, const Real(&y)[kHeld]) {
+    for_rows([&](const Rows& at, int row, const Real(&y)[kHeld]) {
       Real x[kHeld], low, high;
       const Real scale = memory.row_best[row];
       divide(y, scale, x);
-      range<Shape>(x, low, high);
+      Rows::range(x, low, high);
       const Real s = larger((high - low) / Real(Shape::qmax), 1e-10f);
       const Divisor by(s);
+      __syncwarp();  // all lanes have their values
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
-        codes[Shape::at(row, q + Shape::lanes * i)] = rounded_bits(clamp((x[i] - low) / by, 0.0f, Shape::qmax));
-      if (q == 0) memory.row[row].s = f16(scale * s), memory.row[row].z = f16(scale * low);
+        codes[Shape::at(row, at.start() + Rows::step(i))] = rounded_bits(clamp((x[i] - low) / by, 0.0f, Shape::qmax));
+      if (at.lane == 0) memory.row[row].s = f16(scale * s), memory.row[row].z = f16(scale * low);
     });
   }
 
@@ -171,9 +165,9 @@ struct Varnorm {
     if (i < Shape::columns) set_column(i, scale), memory.column[i] = scale;
     if (i < Shape::rows) memory.row_best[i] = 1.0f;
     __syncthreads();
-    for_rows([&](int row, int q, const Real(&y)[kHeld]) {
-      const Real std = row_deviation(y);
-      if (q == 0) set_row(row, 1.0f, 0.0f, std);
+    for_rows([&](const Rows& at, int row, const Real(&y)[kHeld]) {
+      const Real std = deviation<Rows>(y);
+      if (at.lane == 0) set_row(row, 1.0f, 0.0f, std);
     });
     __syncthreads();
     column_deviations();
