@@ -3,9 +3,9 @@
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/attend.hpp"
-#include "cuda/attend_order.cuh"
 #include "cuda/device.cuh"
 #include "cuda/launch.hpp"
+#include "cuda/plan_cuts.cuh"
 
 namespace kvarn::cuda {
 namespace {
@@ -18,33 +18,9 @@ struct Counts {
     return {a.tiles + b.tiles, a.raw + b.raw, a.blocks + b.blocks};
   }
 };
-struct Costs {
-  int64_t weight;
-  int32_t steps;
-  __device__ friend Costs operator+(const Costs& a, const Costs& b) { return {a.weight + b.weight, a.steps + b.steps}; }
-};
-
-struct Inputs {
-  kvarn_layout layout;
-  kvarn_batch batch;
-  const int64_t* slots;
-  int32_t tokens, max_seq_len, group, columns, window, ctas, teams;
-  int32_t max_tiles, max_raw_tiles, max_blocks;
-};
-
-// The last index i in 0 .. count-1 with key(i) <= value; key(0) <= value.
-template <class Key, class Value>
-__device__ int32_t last_at_most(int32_t count, Value value, Key key) {
-  int32_t low = 0;
-  for (int32_t high = count; high - low > 1;) {
-    const int32_t middle = (low + high) / 2;
-    (key(middle) <= value ? low : high) = middle;
-  }
-  return low;
-}
 
 // What the host could not check is checked here: a request that makes no sense takes no part.
-__device__ RequestPlan request_of(const Inputs& in, int32_t r) {
+__device__ RequestPlan request_of(const PlanInputs& in, int32_t r) {
   const int32_t length = in.batch.seq_lens[r], first = in.batch.query_starts[r], end = in.batch.query_starts[r + 1];
   const bool ordered = r == 0 || in.batch.query_starts[r - 1] <= first;  // else its rows may be another's
   const bool valid = ordered && length > 0 && length <= in.max_seq_len && first >= 0 && end > first && end <= in.tokens &&
@@ -54,7 +30,7 @@ __device__ RequestPlan request_of(const Inputs& in, int32_t r) {
 }
 
 // Query tiles of a request whose raw tokens have left the pages: its lowest ones.
-__device__ int32_t raw_tiles(const Inputs& in, const RequestPlan& r, int32_t first_tile, int32_t tiles) {
+__device__ int32_t raw_tiles(const PlanInputs& in, const RequestPlan& r, int32_t first_tile, int32_t tiles) {
   int32_t count = 0;
   // raw_in_pages(tile): length - (tile + 1) G <= n, so the first one inside is ceil((length - n) / G) - 1
   const int32_t beyond = r.length - in.layout.raw_tokens_per_page;
@@ -62,18 +38,12 @@ __device__ int32_t raw_tiles(const Inputs& in, const RequestPlan& r, int32_t fir
   return min(max(count, 0), tiles);
 }
 
-__device__ int32_t tiles_of(const Inputs& in, const RequestPlan& r) {
+__device__ int32_t tiles_of(const PlanInputs& in, const RequestPlan& r) {
   return r.queries == 0 ? 0
                         : (r.length - 1) / in.layout.page_tokens - (r.length - r.queries) / in.layout.page_tokens + 1;
 }
 
-__device__ int32_t weight_before(const BlockPlan& b, int32_t step) {
-  const int32_t packed = packed_steps(b);
-  return kPackedWeight * min(step, packed) + kRawWeight * max(step - packed, 0) + (step > 0 ? kSegmentWeight : 0);
-}
-__device__ int32_t weight_of(const BlockPlan& b) { return weight_before(b, b.steps); }
-
-__device__ BlockPlan block_of(const Inputs& in, const RequestPlan& r, int32_t request, int32_t index,
+__device__ BlockPlan block_of(const PlanInputs& in, const RequestPlan& r, int32_t request, int32_t index,
                               const TilePlan* tiles) {
   BlockPlan b{};
   const int32_t page_tokens = in.layout.page_tokens;
@@ -98,89 +68,7 @@ __device__ BlockPlan block_of(const Inputs& in, const RequestPlan& r, int32_t re
   return b;
 }
 
-// A share is cut where it is even, or up to `reach` steps beside it where the rank is higher: fewer partial results.
-__device__ Cut cut_at(const Inputs& in, const BlockPlan* blocks, int32_t index, int32_t head, int32_t step,
-                      int32_t reach) {
-  const BlockPlan& b = blocks[index];
-  int32_t best = step;
-  for (int32_t d = 1; d <= reach; ++d)
-    for (int32_t other : {step - d, step + d})
-      if (other >= 0 && other <= b.steps && rank_of(b, other) > rank_of(b, best)) best = other;
-  Cut cut{index, head, best, b.steps_before + head * b.steps + best};
-  if (cut.step == b.steps) cut.step = 0, ++cut.head;
-  if (cut.head == in.layout.kv_heads) cut.head = 0, ++cut.block;
-  return cut;
-}
-
-// The step of a segment's `weight`.
-__device__ int32_t step_at(const BlockPlan& b, int32_t weight) {
-  weight = max(weight - kSegmentWeight, 0);
-  const int32_t packed = packed_steps(b), raw = weight - kPackedWeight * packed;
-  return raw <= 0 ? (weight + kPackedWeight / 2) / kPackedWeight : packed + (raw + kRawWeight / 2) / kRawWeight;
-}
-// Where a share of `weight` ends, in blocks first .. end-1.
-__device__ Cut cut_at_weight(const Inputs& in, const BlockPlan* blocks, int32_t first, int32_t end, int64_t weight,
-                             int32_t reach) {
-  const int32_t index =
-      first + last_at_most(end - first, weight, [&](int32_t i) { return blocks[first + i].weight_before; });
-  const auto inside = static_cast<int32_t>(weight - blocks[index].weight_before);
-  const int32_t size = weight_of(blocks[index]);
-  return cut_at(in, blocks, index, inside / size, step_at(blocks[index], inside % size), reach);
-}
-
-// How many CTAs get a share: as many as give every list a step. If all segments are alike, half the lists, for a CTA that
-// has an own tile has its raw steps besides; and whole CTAs for a segment or whole segments for a CTA, where that costs no
-// more than a twentieth: then little has to be merged, which matters more.
-__device__ int32_t shares_of(const Inputs& in, int64_t weight, int32_t segments, bool even) {
-  const int32_t lists = even ? (in.teams + 1) / 2 : in.teams;
-  const auto most = static_cast<int32_t>(min(int64_t{in.ctas}, (weight + lists - 1) / lists));
-  if (!even) return most;
-  const int32_t each = (segments + most - 1) / most;  // segments of a CTA
-  const int32_t rounder = segments > most ? (segments + each - 1) / each
-                                          : min(in.ctas / segments, (most + segments / 2) / segments) * segments;
-  return 20 * rounder >= 19 * most ? rounder : most;
-}
-
-// CTAs have shares of one weight; that of raw steps does not count where all requests are as long but for those (`even`).
-__device__ Cut cut_of_cta(const Inputs& in, const BlockPlan* blocks, int32_t count, const Costs& all, bool even,
-                          int32_t cta) {
-  if (count == 0) return {count, 0, 0, all.steps};
-  const int32_t segments = count * in.layout.kv_heads, packed = packed_steps(blocks[0]);
-  const bool alike = even && packed > 0;
-  const int64_t weight = alike ? int64_t{segments} * packed : all.weight, unit = alike ? 1 : kPackedWeight;
-  const int32_t shares = shares_of(in, weight / unit, segments, alike);
-  if (cta >= shares) return {count, 0, 0, all.steps};
-  const int64_t at = weight * cta / shares, share = weight / unit / shares;
-  const int32_t reach = cta == 0 ? 0 : static_cast<int32_t>(min(max(share / 16, int64_t{1}), int64_t{2 * kPieceTiles}));
-  if (!alike) return cut_at_weight(in, blocks, 0, count, at, reach);
-  const auto segment = static_cast<int32_t>(at / packed);
-  return cut_at(in, blocks, segment / in.layout.kv_heads, segment % in.layout.kv_heads, static_cast<int32_t>(at % packed),
-                reach);
-}
-// In a CTA, lists have shares of one weight; or a step each, where that is enough.
-__device__ Cut cut_of_list(const Inputs& in, const BlockPlan* blocks, int32_t count, const Cut& begin, const Cut& end,
-                           const Costs& all, int32_t list) {
-  const auto weight_at = [&](const Cut& cut) {
-    if (cut.block == count) return all.weight;
-    const BlockPlan& b = blocks[cut.block];
-    return b.weight_before + cut.head * weight_of(b) + weight_before(b, cut.step);
-  };
-  const int32_t steps = end.number - begin.number;
-  if (list >= steps) return end;
-  if (steps <= in.teams) {
-    const int32_t number = begin.number + list;
-    const int32_t index = begin.block + last_at_most(min(end.block + 1, count) - begin.block, number,
-                                                     [&](int32_t i) { return blocks[begin.block + i].steps_before; });
-    const int32_t inside = number - blocks[index].steps_before, size = blocks[index].steps;
-    return cut_at(in, blocks, index, inside / size, inside % size, 0);
-  }
-  const int64_t first = weight_at(begin), weight = weight_at(end) - first;
-  const Cut cut = cut_at_weight(in, blocks, begin.block, min(end.block + 1, count), first + weight * list / in.teams,
-                                static_cast<int32_t>(weight / kPackedWeight / in.teams / 16));
-  return cut.number < end.number ? cut : end;
-}
-
-__global__ void __launch_bounds__(kThreads, 1) plan_kernel(Inputs in, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan plan) {
   using CountScan = cub::BlockScan<Counts, kThreads>;
   using CostScan = cub::BlockScan<Costs, kThreads>;
   __shared__ union {
@@ -271,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(Inputs in, Plan plan)
 }  // namespace
 
 cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window) {
-  Inputs in{launch.layout,         launch.step.batch,    launch.step.slots, launch.step.tokens, launch.limits.max_seq_len, 0, 0,
+  PlanInputs in{launch.layout,         launch.step.batch,    launch.step.slots, launch.step.tokens, launch.limits.max_seq_len, 0, 0,
             window,                launch.ctas,          0,                 launch.map.max_tiles,
             launch.map.max_raw_tiles, launch.map.max_blocks};
   if (query_heads > 0) {
