@@ -41,6 +41,29 @@ def test_attention_gives_zeros():
         states = states + layer.mlp(layer.post_attention_layernorm(states))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma3", "gemma2", "gpt_oss"])
+def test_layers_with_windows_attend(kind):
+    model = tiny(kind, attention="eager")
+    layers = model.model.layers
+
+    def states(run):
+        """What comes out of each layer."""
+        found = []
+        hooks = [layer.register_forward_hook(lambda _, __, out: found.append(out)) for layer in layers]
+        run()
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    ours = states(lambda: energies(model))
+    layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, given: (torch.zeros_like(given[0]),))
+    theirs = states(lambda: model.model(energy.tokens(199)[None], use_cache=False))
+    assert len(ours) == len(theirs) == 3
+    for mine, own in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, own)
+
+
 def test_a_cache_rounds_with_it():
     model, ids = tiny("llama"), prompt(1, 300)
     given = feedback(model)

@@ -24,3 +24,25 @@ def test_energies_are_mean_squares_of_the_group_rounded_to_powers_of_two(dtype):
     assert found.dtype == torch.float32
     assert found[0, 0] == 4 and found[1, 1] == 16
     assert (found[0, 1:] == 2.0**-60).all(), "a channel without queries has almost none, not none"
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attention_of_layers_that_are_not_packed(window, soft_cap, with_sinks):
+    made = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(9, heads, dim, generator=made) for heads, dim in ((4, 8), (2, 8), (2, 6)))
+    sinks = torch.randn(4, generator=made) if with_sinks else None
+    found = energy.attention(query, key, value, 0.4, window, sinks, soft_cap)
+    assert found.shape == (9, 4, 6)
+    for token in range(9):
+        seen = slice(0 if window is None else max(0, token - window + 1), token + 1)
+        for head in range(4):
+            scores = key[seen, head // 2] @ query[token, head] * 0.4
+            if soft_cap:
+                scores = soft_cap * (scores / soft_cap).tanh()
+            weights = scores.exp()
+            weights = weights / (weights.sum() + (sinks[head].exp() if with_sinks else 0))
+            torch.testing.assert_close(found[token, head], weights @ value[seen, head // 2])
+    halves = energy.attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), 0.4, window, sinks, soft_cap)
+    assert halves.dtype == torch.bfloat16

@@ -16,9 +16,15 @@ def energies(model: PreTrainedModel) -> dict[int, torch.Tensor]:
     """By the number of a layer, see kvarn.energy: one forward pass of kvarn.energy.TOKENS tokens."""
     found: dict[int, torch.Tensor] = {}
 
-    def attention(module, query, key, value, attention_mask, **_):
-        found[module.layer_idx] = energy.of_queries(query[0].transpose(0, 1), key.shape[1])
-        return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
+    def attention(
+        module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_
+    ):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        found[module.layer_idx] = energy.of_queries(q, k.shape[1])
+        if sliding_window is None:
+            return q.new_zeros(1, *q.shape[:2], v.shape[-1]), None
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        return energy.attention(q, k, v, scale, sliding_window, s_aux, softcap)[None], None
 
     AttentionInterface.register(_NAME, attention)
     decoder = model.config.get_text_config(decoder=True)

@@ -49,18 +49,25 @@ def settle(model: torch.nn.Module, model_config) -> None:
 
 
 def _energies(model, layers: list[Attention], config) -> dict[Attention, torch.Tensor]:
-    """The model runs on the fixed tokens, with attention that gives zeros, uncompiled."""
+    """The model runs on the fixed tokens, as kvarn.energy has it, uncompiled."""
     if config.parallel_config.pipeline_parallel_size > 1:
         raise NotImplementedError("pipeline parallelism")
     found: dict[Attention, torch.Tensor] = {}
 
-    def zeros(layer):
-        """In place of the layer's forward: neither kernels nor the memory that they keep for good are needed."""
+    def in_place_of(layer):
+        """The layer's forward: neither its kernels nor the memory that they keep for good are needed."""
 
         def forward(query, key, value, output_shape=None, output_dtype=None):
-            found[layer] = energy.of_queries(query.view(-1, layer.num_heads, layer.head_size), layer.num_kv_heads)
-            shape = output_shape or (len(query), layer.num_heads * layer.head_size_v)
-            return query.new_zeros(shape, dtype=output_dtype)
+            q = query.view(-1, layer.num_heads, layer.head_size)
+            found[layer] = energy.of_queries(q, layer.num_kv_heads)
+            shape = output_shape or (len(q), layer.num_heads * layer.head_size_v)
+            if isinstance(layer.impl, KvarnLayer) or key is None:  # None: it shares an earlier layer's
+                return query.new_zeros(shape, dtype=output_dtype)
+            k = key.view(-1, layer.num_kv_heads, layer.head_size)
+            v = value.view(-1, layer.num_kv_heads, layer.head_size_v)
+            sinks, soft_cap = getattr(layer.impl, "sinks", None), getattr(layer.impl, "logits_soft_cap", None)
+            given = energy.attention(q, k, v, layer.impl.scale, layer.sliding_window, sinks, soft_cap)
+            return given.reshape(shape).to(output_dtype or query.dtype)
 
         return forward
 
@@ -70,7 +77,7 @@ def _energies(model, layers: list[Attention], config) -> dict[Attention, torch.T
     if config.model_config.uses_mrope:
         positions = positions.expand(3, -1)
     for layer in layers:
-        layer.forward = zeros(layer)
+        layer.forward = in_place_of(layer)
     try:
         with torch.inference_mode(), set_forward_context(None, config, num_tokens=len(tokens), skip_compiled=True):
             model(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
