@@ -260,11 +260,13 @@ def test_rows_have_names_of_their_own_and_are_chosen_by_pattern():
         "q8_0",
     ]
     feedback = {0: torch.zeros(3, 64, 64)}
-    fed = {row.name: row.cache for row in rows(64, 3, range(30), 30, "kvarn_k4v2_g128 *", feedback)}
+    fed = {row.name: row.cache for row in rows(64, 3, range(30), 30, "kvarn_k4v2_g128 *", lambda: feedback)}
     assert [fed[f"kvarn_k4v2_g128 {encoder}"].feedback for encoder in ("weighted", "varnorm", "fit")] == [
         feedback, None, None,
     ]  # fmt: skip
     assert len(set(map(repr, fed.values()))) == 3
+    without = rows(64, 3, range(30), 30, "q8_0; kvarn_* fit; kvarn_* varnorm", lambda: pytest.fail("made for no row"))
+    assert {row.name for row in without} >= {"q8_0", "kvarn_k4v2_g128 fit"}
     with pytest.raises(ValueError, match=r"no row is called 'q3_0'.*q4_0"):
         rows(64, 3, range(30), 30, "q3_0")
 
