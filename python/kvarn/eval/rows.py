@@ -42,7 +42,7 @@ def rows(
     """All rows whose name matches one of the patterns in `only` (shell wildcards, separated by ";").
 
     full, layers  the numbers of the model's full-attention layers, which are packed, and how many layers there are
-    feedback      gives that of kvarn.hf.feedback: the weighted encoder has it as in serving, and rows of its own without.
+    feedback      gives that of kvarn.hf.feedback: the weighted encoder has it as in serving, beside rows without.
                   Called only where a row that was asked for has it: the model has to run for it
     Raises ValueError where a pattern matches nothing.
     """
