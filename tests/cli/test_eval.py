@@ -308,10 +308,20 @@ def test_report_has_every_row_and_the_ratios(tmp_path):
     assert "; perplexity " in page and " without a cache; " in page
     assert "| q | 4 |" in page and "| **kvarn_k4v2_g128 weighted** | 3.56 |" in page
     assert "| kvarn_k4v2_g128 weighted | kvarn_k4v2_g128 varnorm | 0.40 [0.40, 0.40] | 0.40 [0.40, 0.40] |" in page
-    svg = ElementTree.fromstring(picture.draw([result, result]))
+    svg = ElementTree.fromstring(picture.draw([result, {**result, "context": 8192}]))
     assert len(svg.findall("{*}circle")) == 6
     with pytest.raises(ValueError, match="no row below"):
         picture.draw([made_up([("bf16", "16-bit", 16, 1)])])
+
+
+def test_runs_of_one_model_and_length_share_a_panel():
+    ours, both, longer = (
+        made_up([(name, "rival", 4, part) for name, part in parts])
+        for parts in ([("q", 2)], [("q", 1), ("p", 3)], [("p", 3)])
+    )
+    svg = ElementTree.fromstring(picture.draw([ours, both, {**longer, "context": 8192}]))
+    assert [text.text for text in svg.findall("{*}text") if text.text in ("p", "q")] == ["q", "p", "p"]
+    assert len(ours["rows"]) == 1
 
 
 def test_names_in_the_picture_cover_neither_each_other_nor_points():
