@@ -254,17 +254,20 @@ def test_rows_have_names_of_their_own_and_are_chosen_by_pattern():
     assert len(names) == len(set(names))
     assert {f"{preset} {encoder}" for preset in kvarn.presets() for encoder in ("weighted", "varnorm")} < set(names)
     assert set(RIVALS) < set(names)
-    assert {name for pair in results.pairs() for name in pair if not name.startswith("KIVI")} < set(names)
+    compared = {name for pair in results.pairs() for name in pair if not name.startswith("KIVI")}
+    assert compared < {row.name for row in rows(64, 3, range(30), 30, feedback=dict)}
     assert [row.name for row in rows(64, 3, range(30), 30, "q8_0; kvarn_k4v2* weighted")] == [
         "kvarn_k4v2_g128 weighted",
         "q8_0",
     ]
     feedback = {0: torch.zeros(3, 64, 64)}
-    fed = {row.name: row.cache for row in rows(64, 3, range(30), 30, "kvarn_k4v2_g128 *", feedback)}
+    fed = {row.name: row.cache for row in rows(64, 3, range(30), 30, "kvarn_k4v2_g128 *", lambda: feedback)}
     assert [fed[f"kvarn_k4v2_g128 {encoder}"].feedback for encoder in ("weighted", "varnorm", "fit")] == [
         feedback, None, None,
     ]  # fmt: skip
     assert len(set(map(repr, fed.values()))) == 3
+    without = rows(64, 3, range(30), 30, "q8_0; kvarn_* fit; kvarn_* varnorm", lambda: pytest.fail("made for no row"))
+    assert {row.name for row in without} >= {"q8_0", "kvarn_k4v2_g128 fit"}
     with pytest.raises(ValueError, match=r"no row is called 'q3_0'.*q4_0"):
         rows(64, 3, range(30), 30, "q3_0")
 
@@ -305,10 +308,20 @@ def test_report_has_every_row_and_the_ratios(tmp_path):
     assert "; perplexity " in page and " without a cache; " in page
     assert "| q | 4 |" in page and "| **kvarn_k4v2_g128 weighted** | 3.56 |" in page
     assert "| kvarn_k4v2_g128 weighted | kvarn_k4v2_g128 varnorm | 0.40 [0.40, 0.40] | 0.40 [0.40, 0.40] |" in page
-    svg = ElementTree.fromstring(picture.draw([result, result]))
+    svg = ElementTree.fromstring(picture.draw([result, {**result, "context": 8192}]))
     assert len(svg.findall("{*}circle")) == 6
     with pytest.raises(ValueError, match="no row below"):
         picture.draw([made_up([("bf16", "16-bit", 16, 1)])])
+
+
+def test_runs_of_one_model_and_length_share_a_panel():
+    ours, both, longer = (
+        made_up([(name, "rival", 4, part) for name, part in parts])
+        for parts in ([("q", 2)], [("q", 1), ("p", 3)], [("p", 3)])
+    )
+    svg = ElementTree.fromstring(picture.draw([ours, both, {**longer, "context": 8192}]))
+    assert [text.text for text in svg.findall("{*}text") if text.text in ("p", "q")] == ["q", "p", "p"]
+    assert len(ours["rows"]) == 1
 
 
 def test_names_in_the_picture_cover_neither_each_other_nor_points():

@@ -96,7 +96,7 @@ def _load(path: Path | None, name: str | None, device: str, dtype: str) -> tuple
 
 def _rows(model: Model, facts: dict, only: str) -> list[Row]:
     full = model_config.full_layers(model.net.config.to_dict())
-    return rows(facts["head_dim"], facts["kv_heads"], full, facts["layers"], only, model.feedback)
+    return rows(facts["head_dim"], facts["kv_heads"], full, facts["layers"], only, lambda: model.feedback)
 
 
 def _origin(model: Path) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean KL divergence against bits per value, one panel for each run, in SVG.
+"""Mean KL divergence against bits per value, one panel for each model and length of contexts, in SVG.
 
 Filled points read their own tile of 128 tokens in 16 bits, or more; hollow ones round the newest tokens too. A rival
 that was run both ways has its name at the hollow one and a line to the other. Names stand beside their points where
@@ -14,16 +14,29 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 860, 400, 62, 40, 44
 _FIRST_BITS, _LAST_BITS = 1, 9
 _OWN_TILE = ", own tile raw"
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-_COLOURS = {"weighted": "#0b7a75", "fit": "#c98a1b", "varnorm": "#d1495b", "rival": "#6b7785"}
+_COLOURS = {"weighted": "#0b7a75", "fit": "#c98a1b", "varnorm": "#d1495b", "min-max": "#8d6e97", "rival": "#6b7785"}
 
 
 def draw(results: Sequence[Mapping]) -> str:
+    """Rows of runs of the same model and length share a panel; of rows of the same name the first is drawn."""
+    results = _panels(results)
     height = _HEIGHT * len(results)
     panels = "\n".join(_panel(result, _HEIGHT * number) for number, result in enumerate(results))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-family="sans-serif" '
         f'font-size="11">\n<rect width="100%" height="100%" fill="white"/>\n{panels}\n</svg>\n'
     )
+
+
+def _panels(results: Sequence[Mapping]) -> list[Mapping]:
+    panels = {}
+    for result in results:
+        panel = panels.setdefault(
+            (result["model"], result["context"], result.get("past", "decoded")), {**result, "rows": []}
+        )
+        drawn = {row["name"] for row in panel["rows"]}
+        panel["rows"] += [row for row in result["rows"] if row["name"] not in drawn]
+    return list(panels.values())
 
 
 def _panel(result: Mapping, top: int) -> str:

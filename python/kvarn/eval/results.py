@@ -11,18 +11,22 @@ from pathlib import Path
 import kvarn
 from kvarn.eval import statistics
 from kvarn.eval.measure import Scores
-from kvarn.eval.rows import WITH_TILE, Row
+from kvarn.eval.rows import WITH_TILE, WITHOUT, Row
 
+_NEAR_8_BITS = ("q8_0", "int8_per_token_head", "fp8")
 _NEAR_4_BITS = ("fp8", "q4_0", "int4_per_token_head", "turboquant_4bit_nc, all layers", "nvfp4", "KIVI-4")
 _NEAR_3_BITS = ("turboquant_k3v4_nc, all layers", "turboquant_3bit_nc, all layers", "KIVI-2")
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Rows that are compared token by token: both encoders of every preset, and presets with what lies near."""
-    found = [(f"{preset} weighted", f"{preset} varnorm") for preset in kvarn.presets()]
-    for preset, others in (("kvarn_k4v4_g128", _NEAR_4_BITS), ("kvarn_k4v2_g128", _NEAR_3_BITS)):
-        for other in others:
-            found += [(f"{preset} weighted", other), (f"{preset} weighted", other + WITH_TILE)]
+    """Rows that are compared token by token: the encoders of every preset, and presets with what lies near."""
+    near = {"kvarn_k8v4_g128": _NEAR_8_BITS, "kvarn_k4v4_g128": _NEAR_4_BITS, "kvarn_k4v2_g128": _NEAR_3_BITS}
+    found = []
+    for preset in kvarn.presets():
+        weighted, without, varnorm = (f"{preset} {encoder}" for encoder in ("weighted", WITHOUT, "varnorm"))
+        found += [(weighted, varnorm), (weighted, without), (without, varnorm)]
+        others = [other + recent for other in near.get(preset, ()) for recent in ("", WITH_TILE)]
+        found += [(ours, other) for ours in (weighted, without) for other in others]
     return found
 
 

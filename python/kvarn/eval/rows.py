@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which caches make up a run, under the names that they have in the tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -37,21 +37,28 @@ def rows(
     full: Sequence[int],
     layers: int,
     only: str = "*",
-    feedback: Mapping[int, torch.Tensor] | None = None,
+    feedback: Callable[[], Mapping[int, torch.Tensor]] | None = None,
 ) -> list[Row]:
     """All rows whose name matches one of the patterns in `only` (shell wildcards, separated by ";").
 
     full, layers  the numbers of the model's full-attention layers, which are packed, and how many layers there are
-    feedback      of kvarn.hf.feedback: the weighted encoder has it as in serving, and rows of its own without
+    feedback      gives that of kvarn.hf.feedback: the weighted encoder has it as in serving, beside rows without.
+                  Called only where a row that was asked for has it: the model has to run for it
     Raises ValueError where a pattern matches nothing.
     """
+    patterns = [pattern.strip() for pattern in only.split(";")]
+
+    def asked(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
     found = [Row(EXACT, "16-bit", 16, "none", Plain(torch.bfloat16))]
     for preset in kvarn.presets():
         bits = kvarn.Layout(preset, head_dim=head_dim, kv_heads=kv_heads).bits_per_value
         packed = {encoder: Packed(preset, encoder) for encoder in kvarn.ENCODERS}
         if feedback is not None:
             packed[WITHOUT] = packed["weighted"]
-            packed["weighted"] = Packed(preset, "weighted", feedback)
+            if asked(f"{preset} weighted"):
+                packed["weighted"] = Packed(preset, "weighted", feedback())
         for encoder, cache in packed.items():
             found.append(Row(f"{preset} {encoder}", "kvarn", bits, Recent.TILE.value, cache))
     for name, rival in RIVALS.items():
@@ -60,8 +67,7 @@ def rows(
         if rival.recent is Recent.NONE:
             simulated = Simulated(rival, Recent.TILE)
             found.append(Row(name + WITH_TILE, "rival", bits, Recent.TILE.value, simulated))
-    patterns = [pattern.strip() for pattern in only.split(";")]
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in found):
             raise ValueError(f"no row is called {pattern!r}; there are: " + "; ".join(row.name for row in found))
-    return [row for row in found if any(fnmatchcase(row.name, pattern) for pattern in patterns)]
+    return [row for row in found if asked(row.name)]
