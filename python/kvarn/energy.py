@@ -30,6 +30,13 @@ def of_queries(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return squares.clamp_min(2.0**-60).log2().round().exp2().float().cpu()
 
 
+def window_mask(tokens: int, window: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """bool [tokens, tokens]: each query sees itself and the `window` - 1 tokens before it."""
+    places = torch.arange(tokens, device=device)
+    behind = places[:, None] - places
+    return (behind >= 0) & (behind < window)
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -53,10 +60,8 @@ def attention(
     scores = q @ k.transpose(1, 2) * scale
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    place = torch.arange(tokens, device=query.device)
-    behind = place[:, None] - place
-    hidden = (behind < 0) | (behind >= (window or tokens))
-    scores = scores.masked_fill(hidden, -torch.inf)
+    seen = window_mask(tokens, window or tokens, query.device)
+    scores = scores.masked_fill(~seen, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.float()[:, None, None].expand(heads, tokens, 1)], -1)
     return (scores.softmax(-1)[..., :tokens] @ v).transpose(0, 1).to(query.dtype)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvarn.energy import window_mask
+
 _INTERFACE = "kvarn_eval"
 
 
@@ -48,13 +50,6 @@ def exact(
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
     return out.squeeze(0).transpose(0, 1)
-
-
-def window_mask(tokens: int, window: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """bool [tokens, tokens]: each query sees itself and the `window` - 1 tokens before it."""
-    places = torch.arange(tokens, device=device)
-    behind = places[:, None] - places
-    return (behind >= 0) & (behind < window)
 
 
 @contextmanager
