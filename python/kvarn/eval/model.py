@@ -29,13 +29,25 @@ class Model:
         self.path = path
         source, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
         self.tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if options and _begins_texts(path):
-            self.tokenizer.add_bos_token = True
+        if options:
+            self._amend_tokenizer()
         self.net = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).eval().to(device)
         self.where = f"{device} {str(dtype).removeprefix('torch.')}"
         kind = type(self.tokenizer.backend_tokenizer.model).__name__
         self.text_by = f"{type(self.tokenizer).__name__} ({kind}) of transformers {__version__}"
         self.weights = digest(*([path] if path.is_file() else sorted(path.glob("*.safetensors"))))
+
+    def _amend_tokenizer(self) -> None:
+        """What a .gguf file says of the tokens that begin and end texts and transformers leaves out: the former in all
+        releases seen; the latter in 5.17, which takes another token from the rest of Qwen 2.5's vocabulary (5.19 does not).
+        """
+        from gguf import GGUFReader
+
+        fields = GGUFReader(self.path)
+        if (begins := fields.get_field("tokenizer.ggml.add_bos_token")) is not None and begins.contents():
+            self.tokenizer.add_bos_token = True
+        if (ends := fields.get_field("tokenizer.ggml.eos_token_id")) is not None:
+            self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(int(ends.contents()))
 
     @cached_property
     def feedback(self) -> dict[int, torch.Tensor]:
@@ -44,14 +56,6 @@ class Model:
     @property
     def device(self) -> torch.device:
         return self.net.device
-
-
-def _begins_texts(path: Path) -> bool:
-    """Whether a .gguf file says that texts begin with a token of their own, which transformers leaves out."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).get_field("tokenizer.ggml.add_bos_token")
-    return field is not None and bool(field.contents())
 
 
 def digest(*files: Path) -> str:
