@@ -20,3 +20,15 @@ def llama(seed: int, *, layers: int, heads: int, kv_heads: int, **options):
         **options,
     )
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def save(net, folder) -> None:
+    """folder/model, with a tokenizer of one token per word, and folder/text of 700 of its words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(97)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    net.save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "model")
+    (folder / "text").write_text(" ".join(str(i * i % 97) for i in range(700)))

@@ -22,7 +22,7 @@ from kvarn.eval.measure import Scores  # noqa: E402
 from kvarn.eval.rows import Row, rows  # noqa: E402
 from kvarn.eval.run import Runner  # noqa: E402
 from kvarn.rivals import RIVALS, Recent  # noqa: E402
-from llama import llama  # noqa: E402
+from llama import llama, save  # noqa: E402
 
 
 def scores(kld, nll=None, reference_nll=None, same_top=None):
@@ -338,13 +338,7 @@ def test_names_in_the_picture_cover_neither_each_other_nor_points():
 
 def test_commands(model, tmp_path, monkeypatch):
     """Run, go on, report: on a random model with a tokenizer of one token per word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(97)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    model.save_pretrained(tmp_path / "model")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
-    (tmp_path / "text").write_text(" ".join(str(i * i % 97) for i in range(700)))
+    save(model, tmp_path)
     monkeypatch.chdir(tmp_path)
     asked = [
         "eval",

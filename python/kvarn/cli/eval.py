@@ -15,16 +15,19 @@ Name = Annotated[str | None, typer.Option(help="What to call the model in tables
 Rows = Annotated[str, typer.Option(help="Which caches: names with shell wildcards, separated by semicolons.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda: model, kvarn's verbs and the simulations on the GPU.")]
 DType = Annotated[str, typer.Option(help="Of weights and activations: float32, bfloat16 or float16.")]
+Text = Annotated[Path, typer.Option(help="The text to read.")]
+Length = Annotated[int, typer.Option(min=256, help="Tokens of a context.")]
 Work = Annotated[Path | None, typer.Option(help="Where finished pieces are kept.")]
+DEFAULT_TEXT = Path("../shared/data/text/wikitext-2-raw.test.txt")
 
 
 @app.command()
 def run(
     model: Model = None,
-    text: Annotated[Path, typer.Option(help="The text to read.")] = Path("../shared/data/text/wikitext-2-raw.test.txt"),
+    text: Text = DEFAULT_TEXT,
     name: Name = None,
     contexts: Annotated[int, typer.Option(min=1, help="How many contexts.")] = 4,
-    length: Annotated[int, typer.Option(min=256, help="Tokens of a context.")] = 2048,
+    length: Length = 2048,
     rows: Rows = "*",
     past: Annotated[
         str, typer.Option(help="decoded: errors accumulate over tokens; prompt: the past is an exact prompt's.")
@@ -67,6 +70,36 @@ def ask(
 
     try:
         task_run(model, name, task, data, questions, batch, rows, device, dtype, results, work)
+    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+        raise fail(error) from None
+
+
+@app.command()
+def layers(
+    bits: Annotated[float, typer.Option(help="Bits per value that all layers may have on average.")],
+    presets: Annotated[
+        str, typer.Option(help="What a layer may be packed in: names separated by semicolons.")
+    ] = "kvarn_k4v2_g128;kvarn_k4v3_g128;kvarn_k4v4_g128;kvarn_k8v4_g128",
+    text: Text = DEFAULT_TEXT,
+    contexts: Annotated[int, typer.Option(min=1, help="How many contexts to measure every layer on.")] = 1,
+    check: Annotated[int, typer.Option(min=1, help="How many others to measure the choice on.")] = 2,
+    length: Length = 1024,
+    model: Model = None,
+    name: Name = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    results: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("layers.json"),
+    work: Work = None,
+) -> None:
+    """Which layers deserve more bits: the option for vLLM, and what it is worth on other contexts.
+
+    A stopped run goes on.
+    """
+    from kvarn.cli.eval_layers import layers_run
+
+    try:
+        chosen = [preset.strip() for preset in presets.split(";")]
+        layers_run(model, text, name, chosen, bits, contexts, check, length, device, dtype, results, work)
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         raise fail(error) from None
 

@@ -27,12 +27,12 @@ def text_run(path, text, name, contexts, length, only, past, device, dtype, wher
     """kvarn eval run; arguments as there."""
     if past not in (pasts := [kind.value for kind in Past]):
         raise ValueError(f"--past is {past!r}; it must be one of {', '.join(pasts)}")
-    model, facts = _load(path, name, device, dtype)
-    runner = Runner(model, text, contexts, length, Past(past), _folder(work))
+    model, facts = load(path, name, device, dtype)
+    runner = Runner(model, text, contexts, length, Past(past), folder(work))
     facts |= {"text": text.name, "context": length, "contexts": contexts, "first_scored": FIRST_SCORED, "past": past}
     asked = _rows(model, facts, only)
     result = results.Result(facts)
-    with _progress(len(asked) * contexts) as advance:
+    with progress(len(asked) * contexts) as advance:
         for row in asked:
             result.add(row, runner.run(row.cache, lambda name=row.name: advance(name)))
             if row is asked[0]:
@@ -46,16 +46,16 @@ def text_run(path, text, name, contexts, length, only, past, device, dtype, wher
 def task_run(path, name, names, data, questions, batch, only, device, dtype, where, work) -> None:
     """kvarn eval ask; arguments as there."""
     asked = tasks.tasks(data, [name.strip() for name in names.split(";")], questions)
-    model, facts = _load(path, name, device, dtype)
+    model, facts = load(path, name, device, dtype)
     chosen = _rows(model, facts, f"{EXACT};{only}")
     chosen = [row for row in chosen if can_generate(row.cache)]  # the exact one is the first of all rows
-    asker = Asker(model, batch, _folder(work))
+    asker = Asker(model, batch, folder(work))
     told = [
         {"name": t.name, "source": t.source, "questions": len(t.questions), "new_tokens": t.new_tokens} for t in asked
     ]
     result = results.about(facts) | {"batch": batch, "tasks": told, "rows": []}
     exact = {}
-    with _progress(len(chosen) * sum(len(task.questions) for task in asked)) as advance:
+    with progress(len(chosen) * sum(len(task.questions) for task in asked)) as advance:
         for row in chosen:
             found = {}
             shown = {"name": row.name, "kind": row.kind, "bits_per_value": row.bits_per_value, "tasks": found}
@@ -70,7 +70,7 @@ def task_run(path, name, names, data, questions, batch, only, device, dtype, whe
     out.print(f"written: {where}; kvarn eval report {where} tabulates it", markup=False, highlight=False)
 
 
-def _load(path: Path | None, name: str | None, device: str, dtype: str) -> tuple[Model, dict]:
+def load(path: Path | None, name: str | None, device: str, dtype: str) -> tuple[Model, dict]:
     """The model, and what a result says of it."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device is {device!r}; it must be cpu or cuda")
@@ -105,12 +105,12 @@ def _origin(model: Path) -> str:
     return note.read_text(encoding="utf-8").strip() if note.is_file() else model.name
 
 
-def _folder(work: Path | None) -> Path:
+def folder(work: Path | None) -> Path:
     return work or cache_directory() / "eval"
 
 
 @contextmanager
-def _progress(total: int) -> Iterator:
+def progress(total: int) -> Iterator:
     """A bar; yields advance(description, by)."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=out) as progress:

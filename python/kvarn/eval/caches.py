@@ -60,6 +60,17 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Layered:
+    """Layers in caches of their own, by number; the others in `others`."""
+
+    own: Mapping[int, Packed]
+    others: Packed | Plain
+
+    def __call__(self, q, k, v, scale: float, layer: Layer) -> torch.Tensor:
+        return self.own.get(layer.index, self.others)(q, k, v, scale, layer)
+
+
+@dataclass(frozen=True)
 class Simulated:
     """A rival: every query reads packed what a decode step at its position would read packed, and `recent` raw."""
 

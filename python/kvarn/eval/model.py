@@ -39,7 +39,7 @@ class Model:
 
     def _amend_tokenizer(self) -> None:
         """What a .gguf file says of the tokens that begin and end texts and transformers leaves out: the former in all
-        releases seen; the latter in 5.17, which takes another token from the rest of Qwen 2.5's vocabulary (5.19 does not).
+        releases seen, the latter in 5.17, which has <|endoftext|> end Qwen 2.5's answers (5.19 does not).
         """
         from gguf import GGUFReader
 

@@ -21,13 +21,15 @@ FIRST_SCORED = 128
 class Runner:
     """Runs the rows of one model on one text and keeps what is done in `work`.
 
-    contexts  how many of `length` tokens to cut from the text
+    contexts  how many of `length` tokens to cut from the text, behind the first `skipped`
     past      what the past of a token is made from, see attention.Past
     """
 
-    def __init__(self, model: Model, text_file: Path, contexts: int, length: int, past: Past, work: Path):
+    def __init__(
+        self, model: Model, text_file: Path, contexts: int, length: int, past: Past, work: Path, skipped: int = 0
+    ):
         self.model, self.past, self.work = model, past, work
-        self.tokens = text.contexts(text_file, model.tokenizer, contexts, length)
+        self.tokens = text.contexts(text_file, model.tokenizer, skipped + contexts, length)[skipped:]
         work.mkdir(parents=True, exist_ok=True)
 
     def run(self, cache: Cache, done: Callable[[], None] = lambda: None) -> Scores:
