@@ -3,6 +3,11 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 import kvarn
 from kvarn.cli.console import out
@@ -21,41 +26,48 @@ def layers_run(path, text, name, presets, budget, contexts, check, length, devic
     bits = {preset: _bits(preset, facts) for preset in presets}
     layers.choose({layer: dict.fromkeys(bits, 0.0) for layer in packed}, bits, budget)  # before anything is measured
     caches = {preset: Packed(preset, "weighted", model.feedback) for preset in bits}
-    about = model, text, contexts, length, Past.DECODED, folder(work)
+    runner = Runner(model, text, contexts, length, Past.DECODED, folder(work))
     with progress(len(packed) * len(bits) * contexts) as advance:
-        found = layers.losses(Runner(*about), packed, caches, lambda: advance("every layer by itself"))
+        found = layers.losses(runner, packed, caches, lambda: advance("every layer by itself"))
     chosen = layers.choose(found, bits, budget)
     smallest = min(bits, key=bits.__getitem__)
     option = layers.as_option(chosen, smallest)
-    facts |= {"text": text.name, "context": length, "contexts": contexts, "first_scored": FIRST_SCORED}
+    out.print(_table(found, chosen, bits))
+    facts |= {
+        "text": text.name,
+        "context": length,
+        "contexts": check,
+        "skipped": contexts,
+        "first_scored": FIRST_SCORED,
+    }
     told = results.about(facts) | {"losses": found, "kvarn_layers": option, "rows": []}
-    for layer in packed:
-        out.print(f"{layer:>4}  " + "  ".join(f"{name} {found[layer][name]:.6f}" for name in bits), highlight=False)
-    mean = sum(bits[name] for name in chosen.values()) / len(chosen)
-    rows = [(name, bits[name], cache) for name, cache in caches.items()]
-    rows.append(
-        (
-            f"{smallest} and layers of their own",
-            mean,
-            Layered({at: caches[name] for at, name in chosen.items()}, caches[smallest]),
-        )
-    )
+    own = Layered({layer: caches[preset] for layer, preset in chosen.items()}, caches[smallest])
+    mean = sum(bits[preset] for preset in chosen.values()) / len(chosen)
+    rows = [(preset, bits[preset], cache) for preset, cache in caches.items()] + [("layers of their own", mean, own)]
+    runner = Runner(model, text, check, length, Past.DECODED, folder(work), skipped=contexts)
     with progress(len(rows) * check) as advance:
-        runner = Runner(model, text, check, length, Past.DECODED, folder(work), skipped=contexts)
         for row, size, cache in rows:
-            scores = runner.run(cache, lambda row=row: advance(row))
-            summary = statistics.summary(scores)
+            summary = statistics.summary(runner.run(cache, lambda row=row: advance(row)))
             told["rows"].append({"name": row, "bits_per_value": size} | dataclasses.asdict(summary))
             results.write(told, where)
-            shown = f"{row}, {size:.3f} bits per value: mean KLD {summary.mean.value:.5f}"
-            out.print(f"{shown}, median {summary.median.value:.5f}", highlight=False)
-    out.print(
-        f"--kv-cache-dtype {smallest} --additional-config '{json.dumps({'kvarn_layers': option})}'",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
-    out.print(f"written: {where}", markup=False, highlight=False)
+            _tell(f"{row}, {size:.3f} bits: mean KLD {summary.mean.value:.5f}, median {summary.median.value:.5f}")
+    _tell(f"--kv-cache-dtype {smallest} --additional-config '{json.dumps({'kvarn_layers': option})}'")
+    _tell(f"written: {where}")
+
+
+def _tell(line: str) -> None:
+    out.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _table(found: layers.Losses, chosen: Mapping[int, str], bits: Mapping[str, float]) -> Table:
+    """What each layer loses by itself; its choice in bold."""
+    table = Table(title="mean KLD of a layer by itself", box=SIMPLE_HEAD)
+    for name in ("layer", *bits):
+        table.add_column(name.removeprefix("kvarn_"), justify="right")
+    for layer, of_layer in found.items():
+        shown = ((f"{of_layer[name]:.6f}", "bold" if name == chosen[layer] else "") for name in bits)
+        table.add_row(str(layer), *(Text(*each) for each in shown))
+    return table
 
 
 def _bits(preset: str, facts: dict) -> float:
