@@ -3,7 +3,7 @@
 many questions it still answers.
 
 kvarn's presets go through `kvarn.append` and `kvarn.attend` as in serving; other formats are simulated (kvarn.rivals).
-`kvarn eval run` and `ask` measure, `kvarn eval report` draws. Needs torch and transformers.
+`kvarn eval run`, `ask` and `layers` measure, `kvarn eval report` draws. Needs torch and transformers.
 
     model       the model, on a device
     text        a text file -> contexts of token ids
@@ -13,6 +13,7 @@ kvarn's presets go through `kvarn.append` and `kvarn.attend` as in serving; othe
     measure     one context through one cache -> scores of every token
     statistics  scores -> figures with bootstrap intervals
     run         all rows over all contexts, resumable
+    layers      what each layer loses by itself, and the best preset for each within a budget
     tasks       questions and the rules by which their sources count answers right
     generation  greedy answers through transformers caches
     answers     all rows over all questions, resumable
