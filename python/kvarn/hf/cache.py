@@ -9,6 +9,8 @@ import torch
 from transformers import PretrainedConfig
 from transformers import cache_utils as tf
 
+from kvarn.layer_numbers import by_number
+
 from . import attention
 from .layer import Layer
 from .refuse import refuse
@@ -22,7 +24,8 @@ class Cache(tf.Cache):
              the model would do without
     preset   "kvarn_k4v2_g128" and so on, see docs/specification.md
     encoder  "weighted", or "varnorm" (the published one)
-    layers   other presets for some layers, by their number: {0: "kvarn_k8v4_g128"}; tiles must have as many tokens
+    layers   other presets for some layers, by their number: {0: "kvarn_k8v4_g128", "4-6": ..}, as `kvarn eval layers`
+             finds them; tiles must have as many tokens
     feedback of kvarn.hf.feedback(model): keys are rounded for that model's queries, which loses less; None: for any
     Raises ValueError or NotImplementedError, with the reason, for models that it cannot serve.
     """
@@ -32,10 +35,10 @@ class Cache(tf.Cache):
         config: PretrainedConfig,
         preset: str = "kvarn_k4v2_g128",
         encoder: str = "weighted",
-        layers: Mapping[int, str] | None = None,
+        layers: Mapping[int | str, str] | None = None,
         feedback: Mapping[int, torch.Tensor] | None = None,
     ):
-        layers, feedback = dict(layers or {}), feedback or {}
+        layers, feedback = by_number(layers or {}), feedback or {}
         refuse(config, preset, encoder, layers)
         if feedback and encoder != "weighted":
             raise ValueError(f"feedback is for the weighted encoder, not {encoder}")

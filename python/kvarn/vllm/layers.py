@@ -7,6 +7,8 @@ and hold as many tokens ahead; each has pages of its own size.
 
 import json
 
+from kvarn.layer_numbers import by_number
+
 from . import PRESETS
 from .refuse import Refused, option_of, page_tokens
 
@@ -16,16 +18,12 @@ def asked(config, preset: str) -> dict[int, str]:
     $KVARN_LAYERS. Raises Refused where it makes no sense."""
     given = option_of(config, "kvarn_layers") or {}
     try:
-        given = json.loads(given) if isinstance(given, str) else given
-        pairs = [(number, name) for numbers, name in given.items() for number in _numbers(numbers)]
-    except (AttributeError, ValueError):
+        found = by_number(json.loads(given) if isinstance(given, str) else given)
+    except ValueError as error:
         raise Refused(
             f"kvarn_layers is {given!r}; it must be a JSON object of layer numbers, or ranges of them, and presets, as "
-            '{"0": "kvarn_k8v4_g128", "2-5": "kvarn_k4v4_g128"}'
+            f'{{"0": "kvarn_k8v4_g128", "2-5": "kvarn_k4v4_g128"}} ({error})'
         ) from None
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Refused(f"kvarn_layers names a layer twice: {given!r}")
     for name in dict.fromkeys(found.values()):
         if name not in PRESETS:
             raise Refused(f"kvarn_layers names the preset {name!r}; allowed are kvarn_k[8432]v[8432]_g128 and _g64")
@@ -45,11 +43,6 @@ def settle(config, preset: str) -> None:
     for number, name in found.items():
         packed[number].kv_cache_dtype = name
         packed[number].attn_backend = packed[number].impl.repack(name)
-
-
-def _numbers(text) -> range:
-    first, dash, last = str(text).partition("-")
-    return range(int(first), int(last if dash else first) + 1)
 
 
 def _layers(config, preset: str) -> list:
