@@ -58,6 +58,11 @@ def test_sliding_layers_cost_their_window_per_user():
     assert any("24 more layers slide" in note for note in plan(sliding, GIB, 8192).notes)
 
 
+def test_layers_with_a_state_are_named():
+    hybrid = ModelShape("model", 8, 32, 128, full_layers=8, other_layers=24)
+    assert any("24 more layers keep a state" in note for note in plan(hybrid, GIB, 8192).notes)
+
+
 def test_a_head_dim_without_kernels_is_refused_with_the_reason():
     with pytest.raises(Unsupported, match="head_dim 72"):
         plan(ModelShape("model", 8, 32, 72, full_layers=32), GIB, 8192)

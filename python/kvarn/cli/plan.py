@@ -100,13 +100,13 @@ def _notes(model: ModelShape, context: int) -> list[str]:
     notes = []
     if model.window_layers:
         notes.append(
-            f"{model.window_layers} more layers slide over {model.window:,} tokens and stay in 16 bits (serve with "
-            "--kv-cache-dtype-skip-layers sliding_window): counted per user, not in the bytes per token."
+            f"{model.window_layers} more layers slide over {model.window:,} tokens and stay in 16 bits by themselves: "
+            "counted per user, not in the bytes per token."
         )
     if model.other_layers:
         notes.append(
             f"{model.other_layers} more layers keep a state of fixed size, not counted here; "
-            "the vLLM plugin refuses such models so far."
+            "the vLLM plugin serves such models on GPUs only."
         )
     if model.max_context and context > model.max_context:
         notes.append(f"The model was made for {model.max_context:,} tokens; {context:,} is beyond that.")
