@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Presets of some layers' own, as `kvarn eval layers` prints them: for vLLM's kvarn_layers and kvarn.hf.Cache alike."""
+"""How presets of some layers' own are written: for vLLM's kvarn_layers and kvarn.hf.Cache alike."""
 
 from collections.abc import Mapping
+from itertools import groupby
 
 
 def by_number(given: Mapping[int | str, str]) -> dict[int, str]:
@@ -15,6 +16,17 @@ def by_number(given: Mapping[int | str, str]) -> dict[int, str]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"{given!r} names a layer twice")
+    return found
+
+
+def as_option(chosen: Mapping[int, str], default: str) -> dict[str, str]:
+    """The other way round, in ranges, without the layers that have the default."""
+    others = sorted((layer, name) for layer, name in chosen.items() if name != default)
+    found = {}
+    # Neighbours with one preset keep the difference of number and place.
+    for (_, name), run in groupby(enumerate(others), key=lambda at: (at[1][0] - at[0], at[1][1])):
+        numbers = [layer for _, (layer, _) in run]
+        found[str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"] = name
     return found
 
 

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers", reason="kvarn eval needs tran
 from kvarn.cli.commands import app  # noqa: E402
 from kvarn.eval.attention import Layer  # noqa: E402
 from kvarn.eval.caches import Layered, Packed, Plain  # noqa: E402
-from kvarn.eval.layers import as_option, choose  # noqa: E402
+from kvarn.eval.layers import choose  # noqa: E402
 from llama import llama, save  # noqa: E402
 
 BITS = {"small": 3.0, "middle": 3.5, "large": 4.0}
@@ -47,14 +47,6 @@ def test_no_budget_is_exceeded():
         assert sum(BITS[name] for name in choose(found, BITS, budget).values()) <= 9 * budget
     with pytest.raises(ValueError, match="bits per value are too few: small alone has 3"):
         choose(found, BITS, 2.9)
-
-
-def test_the_option_has_ranges_and_no_defaults():
-    chosen = dict(enumerate("abbcacc"))
-    assert as_option(chosen, "a") == {"1-2": "b", "3": "c", "5-6": "c"}
-    assert as_option({7: "b", 1: "b"}, "a") == {"1": "b", "7": "b"}
-    assert as_option(chosen, "d") == {"0": "a", "1-2": "b", "3": "c", "4": "a", "5-6": "c"}
-    assert as_option(dict.fromkeys(range(3), "a"), "a") == {}
 
 
 def test_layers_have_their_own_caches():

@@ -17,6 +17,7 @@ from kvarn.eval import layers, results, statistics
 from kvarn.eval.attention import Past
 from kvarn.eval.caches import Layered, Packed
 from kvarn.eval.run import FIRST_SCORED, Runner
+from kvarn.layer_numbers import as_option
 
 
 def layers_run(path, text, name, presets, budget, contexts, check, length, device, dtype, where, work) -> None:
@@ -24,14 +25,14 @@ def layers_run(path, text, name, presets, budget, contexts, check, length, devic
     model, facts = load(path, name, device, dtype)
     packed = full_layers(model.net.config.to_dict())
     bits = {preset: _bits(preset, facts) for preset in presets}
-    layers.choose({layer: dict.fromkeys(bits, 0.0) for layer in packed}, bits, budget)  # before anything is measured
+    smallest = layers.smallest(bits, budget)
     caches = {preset: Packed(preset, "weighted", model.feedback) for preset in bits}
-    runner = Runner(model, text, contexts, length, Past.DECODED, folder(work))
+    # Cut together: the same text never has a context in both.
+    weighing, checking = Runner(model, text, contexts + check, length, Past.DECODED, folder(work)).parted(contexts)
     with progress(len(packed) * len(bits) * contexts) as advance:
-        found = layers.losses(runner, packed, caches, lambda: advance("every layer by itself"))
+        found = layers.losses(weighing, packed, caches, lambda: advance("every layer by itself"))
     chosen = layers.choose(found, bits, budget)
-    smallest = min(bits, key=bits.__getitem__)
-    option = layers.as_option(chosen, smallest)
+    option = as_option(chosen, smallest)
     out.print(_table(found, chosen, bits))
     facts |= {
         "text": text.name,
@@ -44,10 +45,9 @@ def layers_run(path, text, name, presets, budget, contexts, check, length, devic
     own = Layered({layer: caches[preset] for layer, preset in chosen.items()}, caches[smallest])
     mean = sum(bits[preset] for preset in chosen.values()) / len(chosen)
     rows = [(preset, bits[preset], cache) for preset, cache in caches.items()] + [("layers of their own", mean, own)]
-    runner = Runner(model, text, check, length, Past.DECODED, folder(work), skipped=contexts)
     with progress(len(rows) * check) as advance:
         for row, size, cache in rows:
-            summary = statistics.summary(runner.run(cache, lambda row=row: advance(row)))
+            summary = statistics.summary(checking.run(cache, lambda row=row: advance(row)))
             told["rows"].append({"name": row, "bits_per_value": size} | dataclasses.asdict(summary))
             results.write(told, where)
             _tell(f"{row}, {size:.3f} bits: mean KLD {summary.mean.value:.5f}, median {summary.median.value:.5f}")

@@ -5,7 +5,6 @@ Losses of single layers add up nearly to that of all (docs/encoder-study.md), so
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 
 from kvarn.eval.caches import Layered, Packed, Plain
 from kvarn.eval.run import Runner
@@ -27,6 +26,14 @@ def losses(
     }
 
 
+def smallest(bits: Mapping[str, float], budget: float) -> str:
+    """The preset with the fewest bits per value. Raises ValueError where not even that fits."""
+    name = min(bits, key=bits.__getitem__)
+    if bits[name] > budget:
+        raise ValueError(f"{budget:g} bits per value are too few: {name} alone has {bits[name]:g}")
+    return name
+
+
 def choose(found: Losses, bits: Mapping[str, float], budget: float) -> dict[int, str]:
     """A preset for each layer: at most `budget` bits per value on average, and little loss.
 
@@ -34,11 +41,9 @@ def choose(found: Losses, bits: Mapping[str, float], budget: float) -> dict[int,
           more bits that saves the most loss for a bit, as long as one fits.
     Raises ValueError where not even the smallest preset fits.
     """
-    smallest = min(bits, key=bits.__getitem__)
-    chosen = dict.fromkeys(found, smallest)
-    left = (budget - bits[smallest]) * len(found)
-    if left < 0:
-        raise ValueError(f"{budget:g} bits per value are too few: {smallest} alone has {bits[smallest]:g}")
+    base = smallest(bits, budget)
+    chosen = dict.fromkeys(found, base)
+    left = (budget - bits[base]) * len(found)
 
     def steps() -> Iterator[tuple[float, float, int, str]]:
         for layer, now in chosen.items():
@@ -52,14 +57,3 @@ def choose(found: Losses, bits: Mapping[str, float], budget: float) -> dict[int,
         chosen[layer] = name
         left -= more
     return chosen
-
-
-def as_option(chosen: Mapping[int, str], default: str) -> dict[str, str]:
-    """For vLLM's kvarn_layers: {"1": preset, "4-6": preset, ..}, without the layers that have the default."""
-    others = sorted((layer, name) for layer, name in chosen.items() if name != default)
-    found = {}
-    # Neighbours with one preset keep the difference of number and place.
-    for (_, name), run in groupby(enumerate(others), key=lambda at: (at[1][0] - at[0], at[1][1])):
-        numbers = [layer for _, (layer, _) in run]
-        found[str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"] = name
-    return found

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every row over every context, one file each, so that a run that was stopped goes on where it was."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,16 +22,21 @@ FIRST_SCORED = 128
 class Runner:
     """Runs the rows of one model on one text and keeps what is done in `work`.
 
-    contexts  how many of `length` tokens to cut from the text, behind the first `skipped`
+    contexts  how many of `length` tokens to cut from the text
     past      what the past of a token is made from, see attention.Past
     """
 
-    def __init__(
-        self, model: Model, text_file: Path, contexts: int, length: int, past: Past, work: Path, skipped: int = 0
-    ):
+    def __init__(self, model: Model, text_file: Path, contexts: int, length: int, past: Past, work: Path):
         self.model, self.past, self.work = model, past, work
-        self.tokens = text.contexts(text_file, model.tokenizer, skipped + contexts, length)[skipped:]
+        self.tokens = text.contexts(text_file, model.tokenizer, contexts, length)
         work.mkdir(parents=True, exist_ok=True)
+
+    def parted(self, first: int) -> tuple["Runner", "Runner"]:
+        """One with the first contexts, and one with the others."""
+        parts = copy.copy(self), copy.copy(self)
+        for part, tokens in zip(parts, np.split(self.tokens, [first]), strict=True):
+            part.tokens = tokens
+        return parts
 
     def run(self, cache: Cache, done: Callable[[], None] = lambda: None) -> Scores:
         """Scores of all contexts through `cache`; calls `done` after each."""
