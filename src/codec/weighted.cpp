@@ -101,7 +101,7 @@ struct Fit {
     const float my = sum_columns([&](int j) { return w(j) * y(j); }) / sw;
     const float a = sum_columns([&](int j) { return w(j) * (x(i, j) - mx) * (x(i, j) - mx); });
     const float b = sum_columns([&](int j) { return w(j) * (x(i, j) - mx) * (y(j) - my); });
-    const float g = b > 0 ? std::sqrt(clamp(a / b, .8f, 1.5f)) : 1.0f;
+    const float g = b > 0 ? clamp(a / b, .8f, 1.5f) : 1.0f;
     grid.s[i] = f16(grid.s[i] * g);
     grid.z[i] = f16(mx - (my - grid.z[i]) * g);
   }

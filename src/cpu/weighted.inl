@@ -160,7 +160,7 @@ struct Fit {
       return Sums<2>{{wdx * dx, wdx * (y(j) - my)}};
     });
     const F ratio = clamp(square.v[0] / square.v[1], set(.8f), set(1.5f));
-    const F g = select(less(set(0.0f), square.v[1]), sqrt(ratio), set(1.0f));
+    const F g = select(less(set(0.0f), square.v[1]), ratio, set(1.0f));
     store(grid.s + i, round_f16(s * g));
     store(grid.z + i, round_f16(mx - (my - z) * g));
   }

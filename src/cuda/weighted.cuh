@@ -132,7 +132,7 @@ struct Weighted {
       return Sums<2>{{wdx * dx, wdx * (y[i] - my)}};
     });
     const Real a = square.of[0], b = square.of[1];
-    const Real g = b > Real(0.0f) ? square_root(clamp(a / b, .8f, 1.5f)) : Real(1.0f);
+    const Real g = b > Real(0.0f) ? clamp(a / b, .8f, 1.5f) : Real(1.0f);
     r.s = lifted_f16(r.s * g);
     r.z = f16(mx - (my - r.z) * g);
   }

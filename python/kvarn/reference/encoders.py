@@ -117,7 +117,7 @@ def _fit(m, c, bits, start, weight, U, debias):
         y, Sw = q * s + z, total(W, -1)
         mx, my = total(W * x, -1) / Sw, total(W * y, -1) / Sw
         A, B = total(W * (x - mx) * (x - mx), -1), total(W * (x - mx) * (y - my), -1)
-        g = np.where(B > 0, np.sqrt(np.minimum(np.maximum(A / B, np.float32(0.8)), np.float32(1.5))), np.float32(1))
+        g = np.where(B > 0, np.minimum(np.maximum(A / B, np.float32(0.8)), np.float32(1.5)), np.float32(1))
         s, z = f16(s * g), f16(mx - (my - z) * g)
     return Grid(q.astype(np.uint8), s, z, c)
 
