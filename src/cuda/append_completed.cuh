@@ -2,9 +2,8 @@
 // The tiles that a step completes: which they are, and their raw values into shared memory.
 #pragma once
 
-#include <cuda_pipeline.h>
-
 #include "cuda/append_pages.cuh"
+#include "cuda/barrier.cuh"
 #include "cuda/encode_lines.cuh"
 
 namespace kvarn::cuda {
@@ -97,14 +96,13 @@ __device__ inline void gather(const AppendArguments& a, const Completed& c, int 
     const uint16_t* source = static_cast<const uint16_t*>(from.data) + element(mine);
 #pragma unroll 1
     for (int row = mine; row < rows; row += kStep, source += kStep * from.token_stride)
-      __pipeline_memcpy_async(kept(older + row) + lane, source, sizeof(uint4));
+      copy_chunk(kept(older + row) + lane, source);
   }
   __syncthreads();
 #pragma unroll 1
   for (int i = threadIdx.x; i < older * kChunks; i += kThreads)
-    __pipeline_memcpy_async(kept(i / kChunks) + i % kChunks, raw.at(i / kChunks) + i % kChunks, sizeof(uint4));
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
+    copy_chunk(kept(i / kChunks) + i % kChunks, raw.at(i / kChunks) + i % kChunks);
+  wait_for_chunks();
 
 #pragma unroll 1
   for (int i = threadIdx.x; i < older * kChunks; i += kThreads) {

@@ -8,8 +8,7 @@
 // Tokens are independent: where the registers of a CTA are too few, it takes a part of the tile after the other.
 #pragma once
 
-#include <cuda_pipeline.h>
-
+#include "cuda/barrier.cuh"
 #include "cuda/encode_tile.cuh"
 #include "cuda/lifted.cuh"
 
@@ -34,8 +33,7 @@ struct Feedback {
     constexpr int kChunks = kBlock / 4;
 #pragma unroll 1
     for (int i = here(); i < (first + kBlock) * kChunks; i += Shape::threads)
-      __pipeline_memcpy_async(columns + 4 * i, b + i / kChunks * kHeadDim + first + i % kChunks * 4, 16);
-    __pipeline_commit();
+      copy_chunk(columns + 4 * i, b + i / kChunks * kHeadDim + first + i % kChunks * 4);
   }
 
   // The codes of a token in channels first .. first + 15, in place of the values; its errors in place of y. While a
@@ -144,7 +142,7 @@ struct Feedback {
           *reinterpret_cast<float4*>(memory.block.y + (channel + which_of_eight(i)) * kTokens + 4 * token_quad) =
               make_float4(y[r][i][0].value, y[r][i][1].value, y[r][i][2].value, y[r][i][3].value);
       }
-      __pipeline_wait_prior(0);
+      wait_for_chunks();
       __syncthreads();
       const Real* columns = memory.block.columns[buffer];
       if (first > 0) fetch(first - kBlock, memory.block.columns[buffer ^ 1]);
