@@ -3,6 +3,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ torch = pytest.importorskip("torch", reason="kvarn eval needs torch")
 transformers = pytest.importorskip("transformers", reason="kvarn eval needs transformers")
 
 from kvarn.cli.commands import app  # noqa: E402
+from kvarn.eval import keys  # noqa: E402
 from kvarn.eval.attention import Layer  # noqa: E402
 from kvarn.eval.caches import Layered, Packed, Plain  # noqa: E402
 from kvarn.eval.layers import choose  # noqa: E402
@@ -57,6 +59,15 @@ def test_layers_have_their_own_caches():
     for number, cache in ((0, Plain()), (1, packed), (2, Plain())):
         assert torch.equal(layered(q, k, v, 0.1, Layer(number, 3)), cache(q, k, v, 0.1, Layer(number, 3)))
     assert repr(layered) != repr(Layered({2: packed}, Plain()))
+
+
+@pytest.mark.parametrize("cache", [Packed("kvarn_k4v2_g128", "weighted"), Layered({}, Plain())])
+def test_what_packs_is_known_by_the_core_that_packed_it(cache, monkeypatch):
+    """Else a run of a new encoder takes the finished contexts of the old one for its own."""
+    model = SimpleNamespace(weights="w", where="cpu float32", device=torch.device("cpu"))
+    before = keys.key(model, cache)
+    monkeypatch.setattr(keys, "_core", lambda: "another")
+    assert keys.key(model, cache) != before
 
 
 def test_the_command(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import kvarn._core
 import kvarn.energy
 import kvarn.eval.attention
 import kvarn.rivals.rounding
-from kvarn.eval.caches import Packed, Simulated
+from kvarn.eval.caches import Layered, Packed, Simulated
 from kvarn.eval.model import Model, digest
 
 
@@ -34,7 +34,7 @@ def save(path: Path, write: Callable[[Path], object]) -> None:
 def _code(cache, device: str) -> str:
     """What `cache` computes with: the compiled core and its target, or the files of a simulation."""
     modules = [kvarn.energy.__name__, kvarn.eval.attention.__name__, type(cache).__module__]
-    if isinstance(cache, Packed):
+    if isinstance(cache, Packed | Layered):
         return _core() + (kvarn.target() if device == "cpu" else device) + "".join(map(meaning, modules))
     if isinstance(cache, Simulated):
         modules += [type(cache.rival).__module__, kvarn.rivals.rounding.__name__]
