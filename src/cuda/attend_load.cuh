@@ -19,8 +19,10 @@ class Loader {
 
   __device__ void run() {
     if (!early_) wait_for_previous();
-    const int team = loader_ + kLoadingWarps * (lane_ % kLists), depth = keys_ ? p_.in.key_depth : p_.in.value_depth;
-    if (lane_ < 2 * kLists && team < p_.in.teams) {
+    // Its teams are neighbours: of every fourth team one warp would have what CTAs of two segments have raw.
+    const int first = loader_ * p_.in.teams / kLoadingWarps, end = (loader_ + 1) * p_.in.teams / kLoadingWarps,
+              team = first + lane_ % kLists, depth = keys_ ? p_.in.key_depth : p_.in.value_depth;
+    if (lane_ < 2 * kLists && team < end) {
       const Share list = share_of(p_, static_cast<int>(blockIdx.x) * p_.in.teams + team, 1);
       left_ = list.steps();
       if (left_ > 0) begin(list.begin);
@@ -162,32 +164,32 @@ class Loader {
     const int raw_slot = __shfl_sync(~0u, raw_slot_, owner), head = __shfl_sync(~0u, head_, owner);
     const int first = __shfl_sync(~0u, token_, owner), tokens = __shfl_sync(~0u, tokens_, owner);
     const bool keys = is_of_keys(owner);
-    int pages[kRawPages];
+    // A lane works out where a row lies. Beyond the tile's last token its V is read again, since what p = 0 multiplies
+    // must be finite; K there is hidden.
+    const int token = first + min(lane_, tokens - 1), which = token / kN - first / kN;
+    int page = __shfl_sync(~0u, pages_[0], owner);
 #pragma unroll
-    for (int i = 0; i < kRawPages; ++i) pages[i] = __shfl_sync(~0u, pages_[i], owner);
+    for (int k = 1; k < kRawPages; ++k) {
+      const int other = __shfl_sync(~0u, pages_[k], owner);
+      page = which == k ? other : page;
+    }
+    const uint8_t* row_at =
+        raw_slot >= 0
+            ? reinterpret_cast<const uint8_t*>(p_.plan.raw) +
+                  (((int64_t{raw_slot} * p_.heads + head) * 2 + (keys ? 0 : 1)) * S::page_tokens + token) * kRow
+            : p_.pages + page * p_.page_stride + int64_t{head} * S::record_bytes +
+                  ((keys ? 0 : kN) + token % kN) * kRow;
     to = of_lane(to, owner), barrier = of_lane(barrier, owner);
     // 16 bytes a lane: bulk copies of rows that are to lie apart in shared memory would be issued one after the other.
     constexpr int kLanes = S::head_dim / 8, kRows = 32 / kLanes;  // lanes of a row, rows of a round
-    static_assert(kLanes <= 32);
-    const int begin = first / kN * kN;  // tokens from begin + k n on lie in page k
-    const uint8_t* from[kRawPages];     // of token 0, as if all lay in that page
-#pragma unroll
-    for (int k = 0; k < kRawPages; ++k)
-      from[k] = raw_slot >= 0 ? reinterpret_cast<const uint8_t*>(p_.plan.raw) +
-                                    ((int64_t{raw_slot} * p_.heads + head) * 2 + (keys ? 0 : 1)) * S::page_tokens * kRow
-                              : p_.pages + pages[k] * p_.page_stride + int64_t{head} * S::record_bytes +
-                                    ((keys ? 0 : kN) - (begin + k * kN)) * kRow;
-    if (lane_ < kRows * kLanes) {
-      // Beyond the tile's last token its V is read again, since what p = 0 multiplies must be finite; K there is hidden.
-      const int chunk = 16 * (lane_ % kLanes), rows = keys ? min(tokens, kRawStep) : kRawStep;
+    static_assert(kLanes <= 32 && kRawStep <= 32);
+    const int chunk = 16 * (lane_ % kLanes), rows = keys ? min(tokens, kRawStep) : kRawStep;
+    int row = lane_ / kLanes;
+    uint8_t* target = to + row * kRawRowBytes<S> + chunk;
 #pragma unroll 4
-      for (int row = lane_ / kLanes; row < rows; row += kRows) {
-        const int token = first + min(row, tokens - 1);
-        const uint8_t* source = from[0];
-#pragma unroll
-        for (int k = 1; k < kRawPages; ++k) source = token >= begin + k * kN ? from[k] : source;
-        copy_chunk(to + row * kRawRowBytes<S> + chunk, source + token * kRow + chunk);
-      }
+    for (int base = 0; base < rows; base += kRows, row += kRows, target += kRows * kRawRowBytes<S>) {
+      const uint8_t* source = of_lane(row_at, row);
+      if (row < rows && lane_ < kRows * kLanes) copy_chunk(target, source + chunk);
     }
     finish_chunks(barrier);
   }
