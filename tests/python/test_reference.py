@@ -69,11 +69,12 @@ def test_layout_follows_the_formulas(preset):
 
 
 def test_quantization_error_of_gaussian_tiles():
-    """Known figures: 4 bits by minimum and maximum .0099, V at 2 bits refitted .11 to .12, published at 2 bits .245."""
+    """Known figures: 4 bits by minimum and maximum .0099, published at 2 bits .245; four even levels at best .119, and
+    without bias, as V has them, 1 / (1 - .119) - 1 = .135 (rows of 128 differ in size: here .126)."""
     k, v = gaussian(0), gaussian(1)
     k_error, v_error = (error.mean() for error in errors(k, v, 4, 2, "weighted"))
     assert 0.008 < k_error < 0.0115
-    assert 0.10 < v_error < 0.125
+    assert 0.11 < v_error < 0.135
     k_error, v_error = (error.mean() for error in errors(k, v, 4, 2, "varnorm"))
     assert 0.008 < k_error < 0.0115
     assert 0.2 < v_error < 0.28
