@@ -15,7 +15,8 @@ def markdown(result: Mapping) -> str:
     """The tables of one run, by bits per value; kvarn's default encoder in bold."""
     if "tasks" in result:
         return "\n".join(part for task in result["tasks"] for part in (*task_table(result, task), ""))
-    return "\n".join([title(result), "", table(result), "", ratios(result), ""])
+    paired = [ratios(result), ""] if result["pairs"] else []
+    return "\n".join([title(result), "", table(result), "", *paired])
 
 
 def task_table(result: Mapping, task: Mapping) -> list[str]:
