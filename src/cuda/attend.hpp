@@ -7,18 +7,18 @@
 
 namespace kvarn::cuda {
 
-// Of a CTA: warps that share a step, and the quads of columns of each; such teams; steps in flight of a team, K parts
-// and V parts; partial results of a quad for which there is room; where each begins in shared memory, and how much that
-// is.
+// Of a CTA: columns of a block; warps that compute; warps that share a step, and the quads of columns of each; such
+// teams; steps in flight of a team, K parts and V parts; partial results of a quad for which there is room; where each
+// begins in shared memory, and how much that is.
 struct Division {
-  int32_t team_warps, warp_quads, teams, key_depth, value_depth, states;
+  int32_t columns, warps, team_warps, warp_quads, teams, key_depth, value_depth, states;
   int32_t queries_at, states_at, keys_at, values_at, ending_at, bytes;
 
   constexpr int32_t team_quads() const { return team_warps * warp_quads; }
   constexpr int32_t quads() const { return teams * team_quads(); }
 };
-// For blocks of `columns` (4, 8, 16), on the current device. The plan cuts the work by it, attend runs by it.
-cudaError_t divide(const kvarn_layout& layout, int32_t columns, Division& division);
+// For rows of up to max_query_len tokens, on the current device. The plan cuts the work by it, attend runs by it.
+cudaError_t divide(const kvarn_layout& layout, int32_t query_heads, int32_t max_query_len, Division& division);
 
 struct AttendParameters {
   Plan plan;

@@ -44,8 +44,8 @@ __device__ inline void amend(const AttendParameters& p, const QueryColumn& colum
   if (item.flags & kItemEdge) hide<S>(column, item, y, token);
 }
 
-// Those of a packed tile, which seldom change. Not inlined, so that it does not lie in the middle of the code that every
-// tile needs; by value, so that scores stay in registers.
+// Those of a packed tile, which seldom change. Not inlined, so that it does not lie in the middle of the code that
+// every tile needs; by value, so that scores stay in registers.
 template <class S>
 struct PackedScores {
   float y[S::page_tokens / 16][2];
@@ -62,7 +62,7 @@ template <class S, int kQuads>
 class Collector {
  public:
   __device__ Collector(const AttendParameters& p, const RoomOf<S>& room, int warp, int rank, int lane)
-      : p_(p), room_(room), pieces_(room->pieces[warp]), quad_(warp * kQuads), rank_(rank), lane_(lane) {}
+      : p_(p), room_(room), pieces_(room.pieces(warp)), quad_(warp * kQuads), rank_(rank), lane_(lane) {}
 
   __device__ void take(FullState<S::head_dim> (&state)[kQuads], const Item& item) {
     int at = has_.count, rank = item.rank;
@@ -94,7 +94,7 @@ class Collector {
       return;
     }
     if (lane_ == 0)
-      pieces_[at] = {reinterpret_cast<uint8_t*>(&room_.state(quad_, at)), static_cast<int16_t>(rank),
+      pieces_[at] = {at < p_.in.states ? room_.place(quad_, at) : ~at, static_cast<int16_t>(rank),
                      static_cast<int16_t>(item.next)};
     ++has_.count;
     __syncwarp();

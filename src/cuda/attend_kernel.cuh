@@ -5,12 +5,14 @@
 #pragma once
 
 #include "cuda/attend_compute.cuh"
+#include "cuda/attend_division.cuh"
 #include "cuda/attend_left.cuh"
 #include "cuda/attend_load.cuh"
 #include "cuda/attend_merge.cuh"
 
 namespace kvarn::cuda {
 
+template <int kWarps>
 __device__ inline void begin_room(const AttendParameters& p, Room& room, int thread) {
   constexpr int kWords = sizeof p / 4;
   static_assert(sizeof p % 4 == 0 && kWords <= 32 * kWarps);
@@ -27,34 +29,39 @@ __device__ inline void begin_room(const AttendParameters& p, Room& room, int thr
   __syncthreads();
 }
 
-template <class S, int kQuads>
-__global__ void __launch_bounds__(32 * kWarps, 1) attend_kernel(const __grid_constant__ AttendParameters p) {
+template <class S, int kQuads, int kComputingWarps>
+__global__ void __launch_bounds__(32 * (kComputingWarps + kLoadingWarps), 1)
+    attend_kernel(const __grid_constant__ AttendParameters p) {
+  constexpr int kWarps = kComputingWarps + kLoadingWarps;
   extern __shared__ __align__(128) uint8_t shared[];
   const RoomOf<S> room{p, shared};
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0), lane = static_cast<int>(threadIdx.x) % 32;
   // A tile that this step packs may be read by any request: only in a step that packs none are tiles read early.
   const bool early = p.plan.header->packs == 0;
-  begin_room(p, *room, static_cast<int>(threadIdx.x));
+  begin_room<kWarps>(p, *room, static_cast<int>(threadIdx.x));
   if (warp >= kComputingWarps) {
     const int loader = warp - kComputingWarps;
-    Loader<S>(p, room, loader, lane, early).run();
+    Loader<S, kComputingWarps>(p, room, loader, lane, early).run();
     if (loader == 0) find_left(p, *room, lane);
     if (loader == 1) clear_absent<S>(p, lane);
   } else {
     compute<S, kQuads>(p, room, warp, lane);
   }
   __syncthreads();
-  Merge<S>(p, room, warp, lane).run();
+  Merge<S, kWarps>(p, room, warp, lane).run();
 }
 
 template <class S>
 cudaError_t attend_shape(const AttendParameters& p, int32_t ctas, cudaStream_t stream) {
-  auto* kernel = attend_kernel<S, 1>;
-  if constexpr (S::head_dim <= kTwoQuadsHeadDim) kernel = p.in.warp_quads == 2 ? attend_kernel<S, 2> : kernel;
+  constexpr int kWarps = computing_warps(S::layout, kQuadColumns), kMore = computing_warps(S::layout, 2 * kQuadColumns);
+  auto* kernel = p.in.warps == kMore ? attend_kernel<S, 1, kMore> : attend_kernel<S, 1, kWarps>;
+  if constexpr (S::head_dim <= kTwoQuadsHeadDim)
+    if (p.in.warp_quads == 2) kernel = attend_kernel<S, 2, computing_warps(S::layout, kMaxBlockColumns)>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.in.bytes);
   if (error != cudaSuccess) return error;
-  return launch_dependent(kernel, dim3(static_cast<unsigned>(ctas)), dim3(32 * kWarps), static_cast<size_t>(p.in.bytes),
-                          stream, p);
+  return launch_dependent(kernel, dim3(static_cast<unsigned>(ctas)),
+                          dim3(static_cast<unsigned>(32 * (p.in.warps + kLoadingWarps))),
+                          static_cast<size_t>(p.in.bytes), stream, p);
 }
 
 }  // namespace kvarn::cuda

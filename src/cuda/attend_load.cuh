@@ -10,7 +10,7 @@
 
 namespace kvarn::cuda {
 
-template <class S>
+template <class S, int kComputingWarps>
 class Loader {
  public:
   // early: packed tiles may be read before the kernel before has ended.
@@ -19,9 +19,12 @@ class Loader {
 
   __device__ void run() {
     if (!early_) wait_for_previous();
-    // Its teams are neighbours: of every fourth team one warp would have what CTAs of two segments have raw.
-    const int first = loader_ * p_.in.teams / kLoadingWarps, end = (loader_ + 1) * p_.in.teams / kLoadingWarps,
-              team = first + lane_ % kLists, depth = keys_ ? p_.in.key_depth : p_.in.value_depth;
+    // Of teams of one warp it has neighbours, of others every fourth (docs/kernels.md).
+    const bool neighbours = p_.in.team_warps == 1;
+    const int first = neighbours ? loader_ * p_.in.teams / kLoadingWarps : loader_,
+              end = neighbours ? (loader_ + 1) * p_.in.teams / kLoadingWarps : p_.in.teams,
+              team = first + (neighbours ? 1 : kLoadingWarps) * (lane_ % kLists),
+              depth = keys_ ? p_.in.key_depth : p_.in.value_depth;
     if (lane_ < 2 * kLists && team < end) {
       const Share list = share_of(p_, static_cast<int>(blockIdx.x) * p_.in.teams + team, 1);
       left_ = list.steps();

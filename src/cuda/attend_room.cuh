@@ -12,8 +12,7 @@
 
 namespace kvarn::cuda {
 
-// Four loading warps: with three warps a quarter of the multiprocessor, each may have 168 registers.
-inline constexpr int kLoadingWarps = 4, kWarps = kComputingWarps + kLoadingWarps;
+inline constexpr int kLoadingWarps = 4, kMaxWarps = kMaxComputingWarps + kLoadingWarps;
 inline constexpr int kMaxTeamQuads = kMaxBlockColumns / kQuadColumns, kMaxSlots = 32;
 inline constexpr int kMaxStates = 60;  // of a quad: most_parts() of any length
 
@@ -33,9 +32,10 @@ inline constexpr uint32_t kItemRaw = 1;
 inline constexpr uint32_t kItemFirst = 2, kItemLast = 4;  // of the steps that are chained in registers
 inline constexpr uint32_t kItemEdge = 8;  // there is a token here that some row of the block does not see
 
-// A partial result of a list: where the states of the team's quads are, and the ranks before and behind it.
-struct alignas(16) Piece {
-  uint8_t* at;
+// A partial result of a list: where the state of the team's first quad is, in bytes from the room's beginning, or
+// ~index if it is spilled; and the ranks before and behind it.
+struct Piece {
+  int32_t at;
   int16_t rank, next;
 };
 // How many a warp still has; from which on they are of its last segment, up to which of its first.
@@ -64,19 +64,19 @@ struct Left {
 struct Room {
   AttendParameters parameters;  // for functions that are not inlined: the kernel's own take them 0.4 us a cache line
   Barrier keys_full[kMaxSlots], keys_empty[kMaxSlots], values_full[kMaxSlots], values_empty[kMaxSlots];
-  Barrier parts_full[kWarps];
+  Barrier parts_full[kMaxWarps];
   Item items[kMaxSlots];  // of the K slots
   QueryColumn columns[kMaxQuads][kQuadColumns];
-  Piece pieces[kComputingWarps][kMaxStates];  // that a warp still has, in order; the same for all of a team
-  Pieces counts[kComputingWarps];             // of those
-  Left left[kComputingWarps + 1];             // in order
+  Pieces counts[kMaxComputingWarps];  // of those below
+  Left left[kMaxComputingWarps + 1];  // in order
   int32_t left_count;
-  // then: queries [quad][4] (query_stride), states [states][quad], K slots [team][depth], V slots
+  // then: pieces [warp][kMaxStates], that a warp still has, in order, the same for all of a team but for their places;
+  // queries [quad][4] (query_stride), states [states][quad], K slots [team][depth], V slots
 };
 
 // The end of a CTA (attend_merge.cuh), where the slots were.
 struct alignas(128) Ending {
-  Waiting waiting[kWarps][kMaxStates];
+  Waiting waiting[kMaxWarps][kMaxStates];
 };
 
 // A CTA's share, or a list: its cut, and the one behind it.
@@ -103,12 +103,15 @@ struct RoomOf {
   static constexpr int key_part = cuda::key_part(S::layout), value_part = cuda::value_part(S::layout);
   static constexpr int key_slot = slot_bytes(S::layout, key_part), value_slot = slot_bytes(S::layout, value_part);
 
+  static constexpr int pieces_at = (sizeof(Room) + 127) / 128 * 128;
+
   const AttendParameters& p;
   uint8_t* base;
   // The same, for a function that is not inlined.
   __device__ RoomOf apart() const { return {(*this)->parameters, base}; }
   __device__ Room& operator*() const { return *reinterpret_cast<Room*>(base); }
   __device__ Room* operator->() const { return reinterpret_cast<Room*>(base); }
+  __device__ Piece* pieces(int warp) const { return reinterpret_cast<Piece*>(base + pieces_at) + warp * kMaxStates; }
   __device__ float* queries(int quad) const {
     return reinterpret_cast<float*>(base + p.in.queries_at + quad * query_bytes(S::head_dim));
   }
@@ -117,7 +120,12 @@ struct RoomOf {
   // A quad's partial result, those of a team one after the other; what shared memory has no room for lies in global
   // memory.
   __device__ Stored& state(int quad, int index) const {
-    if (index < p.in.states) return reinterpret_cast<Stored*>(base + p.in.states_at)[index * p.in.quads() + quad];
+    return index < p.in.states ? *reinterpret_cast<Stored*>(base + place(quad, index)) : spilled(quad, index);
+  }
+  __device__ int place(int quad, int index) const {
+    return p.in.states_at + (index * p.in.quads() + quad) * static_cast<int>(sizeof(Stored));
+  }
+  __device__ Stored& spilled(int quad, int index) const {
     return reinterpret_cast<Stored*>(
         p.plan.spilled)[(static_cast<int64_t>(blockIdx.x) * p.max_parts + index) * kMaxQuads + quad];
   }

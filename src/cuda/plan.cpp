@@ -23,7 +23,7 @@ WorkspaceMap WorkspaceMap::make(const kvarn_layout& layout, const kvarn_cuda_lim
   map.requests = take(requests * int64_t{sizeof(RequestPlan)});
   map.tiles = take(map.max_tiles * int64_t{sizeof(TilePlan)});
   map.blocks = take(map.max_blocks * int64_t{sizeof(BlockPlan)});
-  map.cuts = take((ctas * int64_t{kComputingWarps} + 1) * int64_t{sizeof(Cut)});
+  map.cuts = take((ctas * int64_t{kMaxComputingWarps} + 1) * int64_t{sizeof(Cut)});
   map.counters = take(ctas * int64_t{sizeof(uint32_t)});
   map.parts = take(group > 0 ? int64_t{ctas} * map.max_parts * part_bytes(layout.head_dim) : 0);
   map.spilled = take(group > 0 ? ctas * kMaxQuads * map.max_parts * state_bytes(layout.head_dim) : 0);

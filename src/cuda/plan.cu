@@ -164,10 +164,10 @@ cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window) {
             launch.map.max_raw_tiles, launch.map.max_blocks};
   if (query_heads > 0) {
     in.group = query_heads / launch.layout.kv_heads;
-    in.columns = block_columns(launch.layout, query_heads, launch.step.max_query_len);
     Division division;
-    const cudaError_t error = divide(launch.layout, in.columns, division);
+    const cudaError_t error = divide(launch.layout, query_heads, launch.step.max_query_len, division);
     if (error != cudaSuccess) return error;
+    in.columns = division.columns;
     in.teams = division.teams;
   }
   return launch_dependent(plan_kernel, dim3(1), dim3(kThreads), 0, launch.stream, in, launch.plan());

@@ -65,19 +65,10 @@ constexpr int raw_step(const kvarn_layout& l) { return 32 * raw_row_bytes(l.head
 inline constexpr int kPackedWeight = 2, kRawWeight = 3, kSegmentWeight = 3;
 inline constexpr int kMinBlockColumns = 4, kMaxBlockColumns = 16;
 // Four columns are a quad: what one MMA multiplies, since a column takes two of its eight, and what one partial result
-// is of. A computing warp has one quad, or two of wider blocks: then it unpacks once for both.
+// is of. A computing warp has one quad, or two of blocks of 16: then it unpacks once for both.
 inline constexpr int kQuadColumns = 4;
-inline constexpr int kTwoQuadsHeadDim = 128;  // the largest of which a warp's registers hold two quads
-inline constexpr int kComputingWarps = 8, kMaxQuads = 2 * kComputingWarps;  // of a CTA of attention
-
-// Columns of a block: as many as the largest request of the step needs, in steps that there are kernels for.
-constexpr int32_t block_columns(const kvarn_layout& layout, int32_t query_heads, int32_t max_query_len) {
-  const int64_t columns = int64_t{max_query_len} * (query_heads / layout.kv_heads);
-  const int32_t most = layout.head_dim > kTwoQuadsHeadDim ? 8 : kMaxBlockColumns;
-  int32_t size = kMinBlockColumns;
-  while (size < columns && size < most) size *= 2;
-  return size;
-}
+inline constexpr int kTwoQuadsHeadDim = 128;                   // the largest of which a warp's registers hold two quads
+inline constexpr int kMaxComputingWarps = 16, kMaxQuads = 16;  // of a CTA of attention
 
 // Partial results that a list, or a CTA, can be left with: the steps of a piece, pieces of rising and then of falling
 // rank, and those of two own tiles.

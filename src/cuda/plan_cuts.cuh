@@ -54,7 +54,7 @@ __device__ inline Cut cut_at_weight(const PlanInputs& in, const BlockPlan* block
 // that has an own tile has its raw steps besides; and whole CTAs for a segment or whole segments for a CTA, where that
 // costs no more than a twentieth: then little has to be merged, which matters more.
 __device__ inline int32_t shares_of(const PlanInputs& in, int64_t weight, int32_t segments, bool even) {
-  const int32_t lists = even ? (in.teams + 1) / 2 : in.teams;
+  const int32_t most_lists = min(in.teams, 8), lists = even ? (most_lists + 1) / 2 : most_lists;
   const auto most = static_cast<int32_t>(min(int64_t{in.ctas}, (weight + lists - 1) / lists));
   if (!even) return most;
   const int32_t each = (segments + most - 1) / most;  // segments of a CTA

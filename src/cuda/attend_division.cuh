@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a CTA of attention is divided: its warps into teams, its shared memory into queries, partial results and slots.
+#pragma once
+
+#include "cuda/attend_room.cuh"
+
+namespace kvarn::cuda {
+
+// A warp of two quads unpacks codes once for both but is slower, 1.4 times as many instructions a tile: worth it where
+// a team has more than one such warp (docs/kernels.md).
+constexpr int32_t warp_quads_of(int32_t columns) { return columns > 3 * kQuadColumns ? 2 : 1; }
+constexpr int32_t team_warps_of(int32_t columns) { return columns / (kQuadColumns * warp_quads_of(columns)); }
+
+// `teams` of them for blocks of `columns`, of `warps` that compute, if `limit` bytes suffice; teams 0 if not.
+constexpr Division division_of(const kvarn_layout& layout, int32_t columns, int limit, int32_t warps, int32_t teams,
+                               int32_t states, int32_t key_depth, int32_t value_depth) {
+  const auto aligned = [](int64_t bytes) { return static_cast<int32_t>((bytes + 127) / 128 * 128); };
+  const int keys = slot_bytes(layout, key_part(layout)), values = slot_bytes(layout, value_part(layout));
+  const int state = static_cast<int>(state_bytes(layout.head_dim)), queries = query_bytes(layout.head_dim);
+  Division d{};
+  d.columns = columns, d.warps = warps, d.team_warps = team_warps_of(columns), d.warp_quads = warp_quads_of(columns);
+  d.teams = teams, d.states = states, d.key_depth = key_depth, d.value_depth = value_depth;
+  d.queries_at = aligned(sizeof(Room)) + aligned(warps * kMaxStates * int64_t{sizeof(Piece)});
+  d.states_at = d.queries_at + aligned(std::max(d.quads() * queries, d.team_quads() * state));
+  d.keys_at = d.states_at + aligned(int64_t{states} * d.quads() * state);
+  d.values_at = d.keys_at + teams * key_depth * keys;
+  const int end = d.values_at + teams * value_depth * values;
+  // The end of the CTA needs no slots, but the states.
+  const int ending = static_cast<int>(sizeof(Ending));
+  d.bytes = std::max(end, d.keys_at + ending);
+  d.ending_at = d.bytes - ending;
+  return teams * key_depth > kMaxSlots || states > kMaxStates || d.bytes > limit ? Division{} : d;
+}
+
+// How many warps compute, beside four that load: as many as there is room for teams of. Where those are 12 or 16, a
+// warp has 128 or 96 registers, which suffice for one quad. Two quads need the 168 that eight warps have, and teams of
+// two warps gain nothing from 12 (docs/kernels.md).
+constexpr int32_t computing_warps(const kvarn_layout& layout, int32_t columns) {
+  constexpr int kShared = 227 * 1024;  // of an sm_90; where there is less, some of the warps have nothing to do
+  const auto fit = [&](int32_t warps) {
+    return division_of(layout, columns, kShared, warps, warps / team_warps_of(columns), 1, 1, 1).teams > 0;
+  };
+  if (warp_quads_of(columns) == 2) return 8;
+  return fit(16) ? 16 : team_warps_of(columns) == 1 && fit(12) ? 12 : 8;
+}
+
+// Columns of a block: as many as the largest request of the step needs. 17 to 24 are two blocks of 12: a block of 16
+// and one of 8 in the kernel of 16 would take longer.
+constexpr int32_t block_columns(const kvarn_layout& layout, int32_t query_heads, int32_t max_query_len) {
+  const int64_t columns = int64_t{max_query_len} * (query_heads / layout.kv_heads);
+  if (columns <= 4) return 4;
+  if (columns <= 8 || layout.head_dim > kTwoQuadsHeadDim) return 8;
+  const bool threes = computing_warps(layout, 8) == kMaxComputingWarps;  // five teams of three warps
+  return threes && (columns <= 12 || (columns > 16 && columns <= 24)) ? 12 : kMaxBlockColumns;
+}
+
+}  // namespace kvarn::cuda
