@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
     for (int32_t cta = thread; cta <= in.ctas; cta += kThreads)
       plan.cuts[cta * in.teams] = cut_of_cta(in, plan.blocks, total.blocks, cost, even, cta);
     __syncthreads();
-    // A CTA's first list begins with it; 7 others of 132 CTAs are a round of these threads, 8 were two.
+    // A CTA's first list begins with it; 7 others of 132 CTAs are a round of these threads.
     const int32_t others = in.teams - 1;
     for (int32_t i = thread; i < in.ctas * others; i += kThreads) {
       const int32_t first = i / others * in.teams, list = 1 + i % others;

@@ -24,7 +24,7 @@ tools=("$@")
 ((${#tools[@]})) || tools=(memcheck racecheck initcheck synccheck)
 
 check() {
-  # attend has 140 barriers; synccheck counts fewer by itself and then loses some.
+  # attend has 148 barriers; synccheck counts fewer by itself and then loses some.
   local log=$build/$2.$1.log more=(--num-cuda-barriers 256)
   [[ $2 != memcheck ]] || more+=(--leak-check full)
   if timeout "${KVARN_SECONDS:-100}" compute-sanitizer --tool "$2" --error-exitcode 9 --print-limit 5 "${more[@]}" \
