@@ -61,9 +61,8 @@ def shapes() -> list[Shape]:
         [Shape(*s) for s in square]
         + [Shape(32, 16384, kv_heads=4)]
         + [Shape(32, 32768, least=1024), Shape(64, 16384, least=256), Shape(256, 4096, least=128)]
-        + [Shape(32, 16384, head_dim=d) for d in (64, 96, 256)]
         + [Shape(32, 16384, query_heads=h) for h in (8, 16, 64)]
-        + [Shape(32, 16384, query_heads=64, head_dim=d) for d in (64, 96, 256)]
+        + [Shape(32, 16384, query_heads=h, head_dim=d) for h in (32, 64) for d in (64, 96, 256)]
         + [Shape(*s, rows=rows) for rows in (2, 3, 4, 5, 8) for s in ((32, 8192), (8, 32768))]
     )
 

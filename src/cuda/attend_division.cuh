@@ -14,13 +14,12 @@ constexpr int32_t team_warps_of(int32_t columns) { return columns / (kQuadColumn
 // `teams` of them for blocks of `columns`, of `warps` that compute, if `limit` bytes suffice; teams 0 if not.
 constexpr Division division_of(const kvarn_layout& layout, int32_t columns, int limit, int32_t warps, int32_t teams,
                                int32_t states, int32_t key_depth, int32_t value_depth) {
-  const auto aligned = [](int64_t bytes) { return static_cast<int32_t>((bytes + 127) / 128 * 128); };
   const int keys = slot_bytes(layout, key_part(layout)), values = slot_bytes(layout, value_part(layout));
   const int state = static_cast<int>(state_bytes(layout.head_dim)), queries = query_bytes(layout.head_dim);
   Division d{};
   d.columns = columns, d.warps = warps, d.team_warps = team_warps_of(columns), d.warp_quads = warp_quads_of(columns);
   d.teams = teams, d.states = states, d.key_depth = key_depth, d.value_depth = value_depth;
-  d.queries_at = aligned(sizeof(Room)) + aligned(warps * kMaxStates * int64_t{sizeof(Piece)});
+  d.queries_at = kPiecesAt + aligned(warps * kMaxStates * int64_t{sizeof(Piece)});
   d.states_at = d.queries_at + aligned(std::max(d.quads() * queries, d.team_quads() * state));
   d.keys_at = d.states_at + aligned(int64_t{states} * d.quads() * state);
   d.values_at = d.keys_at + teams * key_depth * keys;
@@ -44,8 +43,8 @@ constexpr int32_t computing_warps(const kvarn_layout& layout, int32_t columns) {
   return fit(16) ? 16 : team_warps_of(columns) == 1 && fit(12) ? 12 : 8;
 }
 
-// Columns of a block: as many as the largest request of the step needs. 17 to 24 are two blocks of 12: a block of 16
-// and one of 8 in the kernel of 16 would take longer.
+// Columns of a block: as many as the largest request of the step needs. 17 to 24 are two blocks of 12, not
+// one of 16 and a rest in its kernel: 20 columns so took 275 us a layer in vLLM, and now 215 (docs/kernels.md).
 constexpr int32_t block_columns(const kvarn_layout& layout, int32_t query_heads, int32_t max_query_len) {
   const int64_t columns = int64_t{max_query_len} * (query_heads / layout.kv_heads);
   if (columns <= 4) return 4;

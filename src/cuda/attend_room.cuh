@@ -74,6 +74,10 @@ struct Room {
   // queries [quad][4] (query_stride), states [states][quad], K slots [team][depth], V slots
 };
 
+// Parts of shared memory begin at multiples of 128 bytes.
+constexpr int aligned(int64_t bytes) { return static_cast<int>((bytes + 127) / 128 * 128); }
+inline constexpr int kPiecesAt = aligned(sizeof(Room));
+
 // The end of a CTA (attend_merge.cuh), where the slots were.
 struct alignas(128) Ending {
   Waiting waiting[kMaxWarps][kMaxStates];
@@ -92,7 +96,7 @@ __device__ inline Share share_of(const AttendParameters& p, int list, int lists)
 constexpr int key_part(const kvarn_layout& l) { return static_cast<int>(l.v_codes); }
 constexpr int value_part(const kvarn_layout& l) { return static_cast<int>(l.record_bytes - l.v_codes); }
 constexpr int slot_bytes(const kvarn_layout& l, int part) {
-  return (std::max(part, raw_step(l) * raw_row_bytes(l.head_dim)) + 127) / 128 * 128;
+  return aligned(std::max(part, raw_step(l) * raw_row_bytes(l.head_dim)));
 }
 
 // The parts of the room, by bytes from its start: the compiler must see that they stay in shared memory.
@@ -103,15 +107,13 @@ struct RoomOf {
   static constexpr int key_part = cuda::key_part(S::layout), value_part = cuda::value_part(S::layout);
   static constexpr int key_slot = slot_bytes(S::layout, key_part), value_slot = slot_bytes(S::layout, value_part);
 
-  static constexpr int pieces_at = (sizeof(Room) + 127) / 128 * 128;
-
   const AttendParameters& p;
   uint8_t* base;
   // The same, for a function that is not inlined.
   __device__ RoomOf apart() const { return {(*this)->parameters, base}; }
   __device__ Room& operator*() const { return *reinterpret_cast<Room*>(base); }
   __device__ Room* operator->() const { return reinterpret_cast<Room*>(base); }
-  __device__ Piece* pieces(int warp) const { return reinterpret_cast<Piece*>(base + pieces_at) + warp * kMaxStates; }
+  __device__ Piece* pieces(int warp) const { return reinterpret_cast<Piece*>(base + kPiecesAt) + warp * kMaxStates; }
   __device__ float* queries(int quad) const {
     return reinterpret_cast<float*>(base + p.in.queries_at + quad * query_bytes(S::head_dim));
   }

@@ -50,9 +50,9 @@ __device__ inline Cut cut_at_weight(const PlanInputs& in, const BlockPlan* block
   return cut_at(in, blocks, index, inside / size, step_at(blocks[index], inside % size), reach);
 }
 
-// How many CTAs get a share: as many as give every list a step. If all segments are alike, half the lists, for a CTA
-// that has an own tile has its raw steps besides; and whole CTAs for a segment or whole segments for a CTA, where that
-// costs no more than a twentieth: then little has to be merged, which matters more.
+// How many CTAs get a share: as many as give every list a step, of up to 8 lists. If all segments are alike, half the
+// lists, for a CTA that has an own tile has its raw steps besides; and whole CTAs for a segment or whole segments for a
+// CTA, where that costs no more than a twentieth: then little has to be merged, which matters more.
 __device__ inline int32_t shares_of(const PlanInputs& in, int64_t weight, int32_t segments, bool even) {
   const int32_t most_lists = min(in.teams, 8), lists = even ? (most_lists + 1) / 2 : most_lists;
   const auto most = static_cast<int32_t>(min(int64_t{in.ctas}, (weight + lists - 1) / lists));
