@@ -93,9 +93,7 @@ class Collector {
       if (has_.first_segment < 0) has_.first_segment = 0;
       return;
     }
-    if (lane_ == 0)
-      pieces_[at] = {at < p_.in.states ? room_.place(quad_, at) : ~at, static_cast<int16_t>(rank),
-                     static_cast<int16_t>(item.next)};
+    if (lane_ == 0) pieces_[at] = {room_.place(quad_, at), static_cast<int16_t>(rank), static_cast<int16_t>(item.next)};
     ++has_.count;
     __syncwarp();
     if (item.next == kRankEnds) {

@@ -19,8 +19,8 @@ class Loader {
 
   __device__ void run() {
     if (!early_) wait_for_previous();
-    // Of teams of one warp it has neighbours, of others every fourth (docs/kernels.md).
-    const bool neighbours = p_.in.team_warps == 1;
+    // Of teams of one warp, or few teams, it has neighbours; of others every fourth (docs/kernels.md).
+    const bool neighbours = kComputingWarps == 8 || p_.in.team_warps == 1;
     const int first = neighbours ? loader_ * p_.in.teams / kLoadingWarps : loader_,
               end = neighbours ? (loader_ + 1) * p_.in.teams / kLoadingWarps : p_.in.teams,
               team = first + (neighbours ? 1 : kLoadingWarps) * (lane_ % kLists),

@@ -68,14 +68,11 @@ class Merge {
     }
 #pragma unroll 1
     for (int i = 0; i < lists; ++i) {
-      const int warp = (left.first + i) * p_.in.team_warps;
-      const Piece* next = room_.pieces(warp) + __shfl_sync(~0u, begin, i);
+      const Piece* next = room_.pieces((left.first + i) * p_.in.team_warps) + __shfl_sync(~0u, begin, i);
 #pragma unroll 1
       for (int left_of_it = __shfl_sync(~0u, count, i); left_of_it > 0; --left_of_it, ++next) {
         const Piece piece = *next;
-        uint8_t* its = room_.base + piece.at;
-        if (piece.at < 0) its = reinterpret_cast<uint8_t*>(&room_.spilled(warp * p_.in.warp_quads, ~piece.at));
-        Slice* at = reinterpret_cast<Slice*>(its + offset);
+        Slice* at = reinterpret_cast<Slice*>(room_.at(piece.place) + offset);
         State<1> state;
         load_state(state, at, lane_);
         fold.take(state, at, piece.rank, piece.next);

@@ -32,10 +32,10 @@ inline constexpr uint32_t kItemRaw = 1;
 inline constexpr uint32_t kItemFirst = 2, kItemLast = 4;  // of the steps that are chained in registers
 inline constexpr uint32_t kItemEdge = 8;  // there is a token here that some row of the block does not see
 
-// A partial result of a list: where the state of the team's first quad is, in bytes from the room's beginning, or
-// ~index if it is spilled; and the ranks before and behind it.
+// A partial result of a list: where the state of the team's first quad is (RoomOf::at), and the ranks before and behind
+// it.
 struct Piece {
-  int32_t at;
+  uint32_t place;
   int16_t rank, next;
 };
 // How many a warp still has; from which on they are of its last segment, up to which of its first.
@@ -119,18 +119,27 @@ struct RoomOf {
   }
   __device__ uint8_t* keys(int slot) const { return base + p.in.keys_at + slot * key_slot; }
   __device__ uint8_t* values(int slot) const { return base + p.in.values_at + slot * value_slot; }
-  // A quad's partial result, those of a team one after the other; what shared memory has no room for lies in global
-  // memory.
+  // A quad's partial result, those of a team one after the other. What shared memory has no room for lies in global
+  // memory. A place is a number of 16 bytes from the beginning of one or the other.
   __device__ Stored& state(int quad, int index) const {
-    return index < p.in.states ? *reinterpret_cast<Stored*>(base + place(quad, index)) : spilled(quad, index);
+    return index < p.in.states ? reinterpret_cast<Stored*>(base + p.in.states_at)[index * p.in.quads() + quad]
+                               : reinterpret_cast<Stored*>(spilled())[index * kMaxQuads + quad];
   }
-  __device__ int place(int quad, int index) const {
-    return p.in.states_at + (index * p.in.quads() + quad) * static_cast<int>(sizeof(Stored));
+  __device__ uint32_t place(int quad, int index) const {
+    static_assert(sizeof(Stored) % 16 == 0);
+    constexpr uint32_t kSize = sizeof(Stored) / 16;
+    return index < p.in.states ? static_cast<uint32_t>(p.in.states_at) / 16 + (index * p.in.quads() + quad) * kSize
+                               : kSpilled | (index * kMaxQuads + quad) * kSize;
   }
-  __device__ Stored& spilled(int quad, int index) const {
-    return reinterpret_cast<Stored*>(
-        p.plan.spilled)[(static_cast<int64_t>(blockIdx.x) * p.max_parts + index) * kMaxQuads + quad];
+  __device__ uint8_t* at(uint32_t place) const {
+    return ((place & kSpilled) != 0 ? spilled() : base) + 16 * (place & ~kSpilled);
   }
+
+ private:
+  __device__ uint8_t* spilled() const {
+    return p.plan.spilled + int64_t{blockIdx.x} * p.max_parts * kMaxQuads * sizeof(Stored);
+  }
+  static constexpr uint32_t kSpilled = 1u << 31;
 };
 
 }  // namespace kvarn::cuda

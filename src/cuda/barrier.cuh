@@ -20,10 +20,12 @@ __device__ inline void publish_barriers() {
 #endif
 }
 
-// Between what threads wrote or read and copies of the copy engine that touch the same.
+// Between what threads wrote or read and copies of the copy engine that touch the same. Two fences: the one of all
+// spaces would also wait until the whole GPU sees what was written (MEMBAR.ALL.GPU, 0.2 us).
 __device__ inline void order_before_copies() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
