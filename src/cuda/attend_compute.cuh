@@ -114,9 +114,10 @@ class Collector {
 template <class S, int kQuads>
 __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int warp, int lane) {
   // Every fourth warp is of the same quarter of the multiprocessor, and a team's last warp is idle in narrow blocks:
-  // the warps of a team take turns, so that the idle ones are of different quarters.
+  // the warps of a team take turns, so that the idle ones are of different quarters. Warps behind the last team have
+  // nothing to do.
   const int team = warp / p.in.team_warps, turn = team + team * p.in.team_warps / 4;
-  warp = team * p.in.team_warps + (warp + turn) % p.in.team_warps;
+  if (team < p.in.teams) warp = team * p.in.team_warps + (warp + turn) % p.in.team_warps;
   const int quad = warp * kQuads, rank = warp % p.in.team_warps * kQuads;
   Share list{};
   Target first{};  // read before the wait: only what the kernel before writes must be read behind it

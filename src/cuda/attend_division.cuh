@@ -6,9 +6,10 @@
 
 namespace kvarn::cuda {
 
-// A warp of two quads unpacks codes once for both but is slower, 1.4 times as many instructions a tile: worth it where
-// a team has more than one such warp (docs/kernels.md).
-constexpr int32_t warp_quads_of(int32_t columns) { return columns > 3 * kQuadColumns ? 2 : 1; }
+// A warp of two quads unpacks codes once for both but is slower, 1.4 times as many instructions a tile, and needs more
+// registers: worth it where a team has two such warps, not three (docs/kernels.md).
+inline constexpr int32_t kTwoQuadsColumns = 16;
+constexpr int32_t warp_quads_of(int32_t columns) { return columns == kTwoQuadsColumns ? 2 : 1; }
 constexpr int32_t team_warps_of(int32_t columns) { return columns / (kQuadColumns * warp_quads_of(columns)); }
 
 // `teams` of them for blocks of `columns`, of `warps` that compute, if `limit` bytes suffice; teams 0 if not.
@@ -43,14 +44,18 @@ constexpr int32_t computing_warps(const kvarn_layout& layout, int32_t columns) {
   return fit(16) ? 16 : team_warps_of(columns) == 1 && fit(12) ? 12 : 8;
 }
 
-// Columns of a block: as many as the largest request of the step needs. 17 to 24 are two blocks of 12, not
-// one of 16 and a rest in its kernel: 20 columns so took 275 us a layer in vLLM, and now 215 (docs/kernels.md).
+// Columns of a block: as many as the largest request of the step needs. Teams of three and of five warps are for
+// kernels of 16 warps. 21 to 24 are two blocks of 12, not one of 16 and a rest in its kernel (docs/kernels.md).
 constexpr int32_t block_columns(const kvarn_layout& layout, int32_t query_heads, int32_t max_query_len) {
   const int64_t columns = int64_t{max_query_len} * (query_heads / layout.kv_heads);
   if (columns <= 4) return 4;
   if (columns <= 8 || layout.head_dim > kTwoQuadsHeadDim) return 8;
-  const bool threes = computing_warps(layout, 8) == kMaxComputingWarps;  // five teams of three warps
-  return threes && (columns <= 12 || (columns > 16 && columns <= 24)) ? 12 : kMaxBlockColumns;
+  if (computing_warps(layout, 8) != kMaxComputingWarps) return kTwoQuadsColumns;
+  return columns <= 12   ? 12
+         : columns <= 16 ? kTwoQuadsColumns
+         : columns <= 20 ? 20
+         : columns <= 24 ? 12
+                         : kTwoQuadsColumns;
 }
 
 }  // namespace kvarn::cuda

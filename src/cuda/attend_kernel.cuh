@@ -54,10 +54,11 @@ __global__ void __launch_bounds__(32 * (kComputingWarps + kLoadingWarps), 1)
 template <class S>
 cudaError_t attend_shape(const AttendParameters& p, int32_t ctas, cudaStream_t stream) {
   constexpr int kWarps = computing_warps(S::layout, kQuadColumns), kMore = computing_warps(S::layout, 2 * kQuadColumns);
-  static_assert(kMore != kMaxComputingWarps || computing_warps(S::layout, 3 * kQuadColumns) == kMore);
+  static_assert(kMore != kMaxComputingWarps || (computing_warps(S::layout, 3 * kQuadColumns) == kMore &&
+                                                computing_warps(S::layout, 5 * kQuadColumns) == kMore));
   auto* kernel = p.in.warps == kMore ? attend_kernel<S, 1, kMore> : attend_kernel<S, 1, kWarps>;
   if constexpr (S::head_dim <= kTwoQuadsHeadDim)
-    if (p.in.warp_quads == 2) kernel = attend_kernel<S, 2, computing_warps(S::layout, kMaxBlockColumns)>;
+    if (p.in.warp_quads == 2) kernel = attend_kernel<S, 2, computing_warps(S::layout, kTwoQuadsColumns)>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.in.bytes);
   if (error != cudaSuccess) return error;
   return launch_dependent(kernel, dim3(static_cast<unsigned>(ctas)),

@@ -35,7 +35,8 @@ class Merge {
 
  private:
   static constexpr int kSlices = S::head_dim / 32;
-  static_assert(kMaxTeamQuads * kSlices * sizeof(PartSlice) == part_bytes(S::head_dim));
+  static_assert(most_block_columns(S::head_dim) / kQuadColumns * kSlices * sizeof(PartSlice) ==
+                part_bytes(S::head_dim));
 
   template <class Body>
   __device__ void for_slices(int segments, Body body) {

@@ -13,7 +13,7 @@
 namespace kvarn::cuda {
 
 inline constexpr int kLoadingWarps = 4, kMaxWarps = kMaxComputingWarps + kLoadingWarps;
-inline constexpr int kMaxTeamQuads = kMaxBlockColumns / kQuadColumns, kMaxSlots = 32;
+inline constexpr int kMaxSlots = 32;
 inline constexpr int kMaxStates = 60;  // of a quad: most_parts() of any length
 
 // What a segment is about, of its block's plan.

@@ -63,11 +63,13 @@ constexpr int raw_row_bytes(int head_dim) { return 2 * head_dim + 16; }
 constexpr int raw_step(const kvarn_layout& l) { return 32 * raw_row_bytes(l.head_dim) <= l.v_codes ? 32 : 16; }
 // Of a step, as its time, and of a segment, whose queries are prepared first and which is finished.
 inline constexpr int kPackedWeight = 2, kRawWeight = 3, kSegmentWeight = 3;
-inline constexpr int kMinBlockColumns = 4, kMaxBlockColumns = 16;
 // Four columns are a quad: what one MMA multiplies, since a column takes two of its eight, and what one partial result
 // is of. A computing warp has one quad, or two of blocks of 16: then it unpacks once for both.
 inline constexpr int kQuadColumns = 4;
-inline constexpr int kTwoQuadsHeadDim = 128;                   // the largest of which a warp's registers hold two quads
+inline constexpr int kTwoQuadsHeadDim = 128;  // the largest of which a warp's registers hold two quads
+// Columns of a block: 4, 8, 12, 16 or 20; of larger head dims 4 or 8.
+inline constexpr int kMinBlockColumns = 4, kMaxBlockColumns = 20;
+constexpr int most_block_columns(int32_t head_dim) { return head_dim > kTwoQuadsHeadDim ? 8 : kMaxBlockColumns; }
 inline constexpr int kMaxComputingWarps = 16, kMaxQuads = 16;  // of a CTA of attention
 
 // Partial results that a list, or a CTA, can be left with: the steps of a piece, pieces of rising and then of falling
@@ -81,7 +83,7 @@ constexpr int64_t most_parts(const kvarn_layout& layout, int64_t max_seq_len) {
 constexpr int64_t state_bytes(int32_t head_dim) { return head_dim / 32 * int64_t{4} * kQuadColumns * (32 + 2); }
 // Of all columns of a block, each slice with its ranks.
 constexpr int64_t part_bytes(int32_t head_dim) {
-  return kMaxBlockColumns / kQuadColumns * (state_bytes(head_dim) + head_dim / 32 * 16);
+  return most_block_columns(head_dim) / kQuadColumns * (state_bytes(head_dim) + head_dim / 32 * 16);
 }
 
 // Byte offsets into the workspace; the same for everybody who has the same layout and limits.

@@ -164,9 +164,9 @@ void run(const Case& c) {
   double relative = std::sqrt(error / norm);
   if (c.window || c.sinks) relative = worst = 0;
   int different = 0, tried = 0;
-  const int threes = (11 + c.group) / c.group;  // rows of blocks of 12 columns
+  const int threes = (11 + c.group) / c.group, fives = (19 + c.group) / c.group;  // rows of blocks of 12, 20 columns
   for (const auto& [ctas, most] : {std::pair{132, most_rows}, {132, most_rows}, {1, most_rows}, {7, most_rows}, {64, 16}, {132, 2}, {264, 8},
-                                   {132, threes}}) {
+                                   {132, threes}, {132, fives}}) {
     attend(ctas, most, other);
     ++tried;
     if (std::memcmp(out.data(), other.data(), out.size() * 4) != 0) {
