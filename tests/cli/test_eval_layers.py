@@ -91,5 +91,5 @@ def test_the_command(tmp_path, monkeypatch):
     assert json.loads(option.strip("'")) == {"kvarn_layers": result["kvarn_layers"]}
     failed = invoke("2")
     assert failed.exit_code == 1
-    assert "2 bits per value are too few: kvarn_k4v2_g128 alone has" in failed.stderr
+    assert "2 bits per value are too few: kvarn_k2v2_g128 alone has" in failed.stderr
     assert "preset" in invoke("4", "--presets", "fp8").stderr

@@ -79,7 +79,7 @@ def layers(
     bits: Annotated[float, typer.Option(help="Bits per value that all layers may have on average.")],
     presets: Annotated[
         str, typer.Option(help="What a layer may be packed in: names separated by semicolons.")
-    ] = "kvarn_k4v2_g128;kvarn_k4v3_g128;kvarn_k4v4_g128;kvarn_k8v4_g128",
+    ] = "kvarn_k2v2_g128;kvarn_k4v2_g128;kvarn_k4v3_g128;kvarn_k4v4_g128;kvarn_k8v4_g128",
     text: Text = DEFAULT_TEXT,
     contexts: Annotated[int, typer.Option(min=1, help="How many contexts to measure every layer on.")] = 1,
     check: Annotated[int, typer.Option(min=1, help="How many others to measure the choice on.")] = 2,
