@@ -9,6 +9,8 @@ from test_refuse import config
 
 FINE = "kvarn_k8v4_g128"
 OWN = {"0": FINE, "2-3": "kvarn_k4v4_g128"}
+# What `kvarn eval layers` finds: the smallest preset in layers that bear it, which pays for others.
+MIXED = {"0": FINE, "1": "kvarn_k4v2_g128", "3": "kvarn_k4v3_g128", "4": "kvarn_k4v4_g128"}
 
 
 def names(engine) -> list[str]:
@@ -82,6 +84,21 @@ def test_prompts_on_flash_attention(small_model, prompts, monkeypatch, how):
     with Engine(small_model, **options) as engine:
         whole = engine.run(some)
     with Engine(small_model, **options, **CACHE, max_num_batched_tokens=333) as engine:
+        cold, warm = engine.run(some), engine.run(some)
+        assert engine.counters()["hits"] > 0
+    assert first_difference(cold, whole) is None
+    assert first_difference(warm, whole) is None
+
+
+@pytest.mark.usefixtures("row_by_row")
+def test_five_presets(small_model, prompts):
+    """Exact over chunks and hits, on pages of which the smallest hold the fewest raw tokens."""
+    options = {"kv_cache_dtype": "kvarn_k2v2_g128", "additional_config": {"kvarn_layers": MIXED}}
+    some = prompts[3:7]
+    with Engine(small_model, **options) as engine:
+        whole = engine.run(some)
+        assert names(engine) == [FINE, MIXED["1"], "kvarn_k2v2_g128", MIXED["3"], MIXED["4"], "kvarn_k2v2_g128"]
+    with Engine(small_model, **options, **CACHE, max_num_batched_tokens=100) as engine:
         cold, warm = engine.run(some), engine.run(some)
         assert engine.counters()["hits"] > 0
     assert first_difference(cold, whole) is None
