@@ -48,14 +48,11 @@ constexpr int32_t computing_warps(const kvarn_layout& layout, int32_t columns) {
 // kernels of 16 warps. 21 to 24 are two blocks of 12, not one of 16 and a rest in its kernel (docs/kernels.md).
 constexpr int32_t block_columns(const kvarn_layout& layout, int32_t query_heads, int32_t max_query_len) {
   const int64_t columns = int64_t{max_query_len} * (query_heads / layout.kv_heads);
-  if (columns <= 4) return 4;
+  if (columns <= kMinBlockColumns) return kMinBlockColumns;
   if (columns <= 8 || layout.head_dim > kTwoQuadsHeadDim) return 8;
   if (computing_warps(layout, 8) != kMaxComputingWarps) return kTwoQuadsColumns;
-  return columns <= 12   ? 12
-         : columns <= 16 ? kTwoQuadsColumns
-         : columns <= 20 ? 20
-         : columns <= 24 ? 12
-                         : kTwoQuadsColumns;
+  if (columns > kMaxBlockColumns) return columns <= 24 ? 12 : kTwoQuadsColumns;
+  return static_cast<int32_t>((columns + kQuadColumns - 1) / kQuadColumns * kQuadColumns);
 }
 
 }  // namespace kvarn::cuda

@@ -23,6 +23,15 @@ def impls(engine) -> list:
     return [found[name].impl for name in sorted(found)]
 
 
+def missed_and_hit(model, some, whole, **options) -> None:
+    """The prompts `some` are answered as in `whole`, without hits and with them."""
+    with Engine(model, **options) as engine:
+        cold, warm = engine.run(some), engine.run(some)
+        assert engine.counters()["hits"] > 0
+    assert first_difference(cold, whole) is None
+    assert first_difference(warm, whole) is None
+
+
 @pytest.mark.parametrize("given", [OWN, '{"0": "kvarn_k8v4_g128", "2-3": "kvarn_k4v4_g128"}'], ids=["object", "text"])
 def test_what_is_asked(given):
     asked = layers.asked(config(additional_config={"kvarn_layers": given}), PRESET)
@@ -68,11 +77,7 @@ def test_it_serves(small_model, prompts, base, how):
         assert len({spec.tokens_ahead for spec in group.kv_cache_spec.kv_cache_specs.values()}) == 1
     assert first_difference(whole, base[3:7]) is not None
     tight = {"enable_prefix_caching": True, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 24}
-    with Engine(small_model, **options, **tight) as engine:
-        cold, warm = engine.run(some), engine.run(some)
-        assert engine.counters()["hits"] > 0
-    assert first_difference(cold, whole) is None
-    assert first_difference(warm, whole) is None
+    missed_and_hit(small_model, some, whole, **options, **tight)
 
 
 @pytest.mark.usefixtures("row_by_row")
@@ -83,11 +88,7 @@ def test_prompts_on_flash_attention(small_model, prompts, monkeypatch, how):
     some, options = prompts[3:7], how | {"additional_config": {"kvarn_layers": OWN}}
     with Engine(small_model, **options) as engine:
         whole = engine.run(some)
-    with Engine(small_model, **options, **CACHE, max_num_batched_tokens=333) as engine:
-        cold, warm = engine.run(some), engine.run(some)
-        assert engine.counters()["hits"] > 0
-    assert first_difference(cold, whole) is None
-    assert first_difference(warm, whole) is None
+    missed_and_hit(small_model, some, whole, **options, **CACHE, max_num_batched_tokens=333)
 
 
 @pytest.mark.usefixtures("row_by_row")
@@ -98,11 +99,7 @@ def test_five_presets(small_model, prompts):
     with Engine(small_model, **options) as engine:
         whole = engine.run(some)
         assert names(engine) == [FINE, MIXED["1"], "kvarn_k2v2_g128", MIXED["3"], MIXED["4"], "kvarn_k2v2_g128"]
-    with Engine(small_model, **options, **CACHE, max_num_batched_tokens=100) as engine:
-        cold, warm = engine.run(some), engine.run(some)
-        assert engine.counters()["hits"] > 0
-    assert first_difference(cold, whole) is None
-    assert first_difference(warm, whole) is None
+    missed_and_hit(small_model, some, whole, **options, **CACHE, max_num_batched_tokens=100)
 
 
 def test_a_layer_that_is_not_there(small_model):

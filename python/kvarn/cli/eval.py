@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+import kvarn
 from kvarn.cli.console import fail, out
 
 app = typer.Typer(no_args_is_help=True, help="Accuracy of caches on a real model and text.")
@@ -78,8 +79,11 @@ def ask(
 def layers(
     bits: Annotated[float, typer.Option(help="Bits per value that all layers may have on average.")],
     presets: Annotated[
-        str, typer.Option(help="What a layer may be packed in: names separated by semicolons.")
-    ] = "kvarn_k2v2_g128;kvarn_k4v2_g128;kvarn_k4v3_g128;kvarn_k4v4_g128;kvarn_k8v4_g128",
+        str | None,
+        typer.Option(
+            help="What a layer may be packed in: names separated by semicolons; default all of kvarn.presets()."
+        ),
+    ] = None,
     text: Text = DEFAULT_TEXT,
     contexts: Annotated[int, typer.Option(min=1, help="How many contexts to measure every layer on.")] = 1,
     check: Annotated[int, typer.Option(min=1, help="How many others to measure the choice on.")] = 2,
@@ -98,7 +102,7 @@ def layers(
     from kvarn.cli.eval_layers import layers_run
 
     try:
-        chosen = [preset.strip() for preset in presets.split(";")]
+        chosen = [preset.strip() for preset in presets.split(";")] if presets is not None else kvarn.presets()[::-1]
         layers_run(model, text, name, chosen, bits, contexts, check, length, device, dtype, results, work)
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         raise fail(error) from None
