@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="kvarn eval needs tran
 
 from kvarn.cli.commands import app  # noqa: E402
 from kvarn.eval import generation, measure, statistics, tasks  # noqa: E402
-from kvarn.eval.caches import Packed, Plain, Simulated  # noqa: E402
+from kvarn.eval.caches import Layered, Packed, Plain, Simulated  # noqa: E402
 from kvarn.rivals import RIVALS, Recent  # noqa: E402
 from llama import llama  # noqa: E402
 
@@ -84,7 +84,8 @@ def test_percent_and_its_interval():
     assert statistics.percent(np.ones(9)) == statistics.Estimate(100, 100, 100)
 
 
-GENERATED = [Plain(torch.bfloat16), Packed("kvarn_k4v2_g128", "varnorm")] + [
+SMALL, LARGE = (Packed(f"kvarn_{kind}_g128", "varnorm") for kind in ("k4v2", "k4v4"))
+GENERATED = [Plain(torch.bfloat16), SMALL, Layered({1: LARGE}, SMALL)] + [
     Simulated(rival, Recent.NONE) for rival in RIVALS.values() if rival.by_token
 ]
 

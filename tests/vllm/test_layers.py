@@ -11,10 +11,11 @@ FINE = "kvarn_k8v4_g128"
 OWN = {"0": FINE, "2-3": "kvarn_k4v4_g128"}
 # What `kvarn eval layers` finds: the smallest preset in layers that bear it, which pays for others.
 MIXED = {"0": FINE, "1": "kvarn_k4v2_g128", "3": "kvarn_k4v3_g128", "4": "kvarn_k4v4_g128"}
+FIVE = {"kv_cache_dtype": "kvarn_k2v2_g128", "additional_config": {"kvarn_layers": MIXED}}
 
 
 def names(engine) -> list[str]:
-    return [group.layout.preset for group in impls(engine)]
+    return [layer.layout.preset for layer in impls(engine)]
 
 
 def impls(engine) -> list:
@@ -81,25 +82,27 @@ def test_it_serves(small_model, prompts, base, how):
 
 
 @pytest.mark.usefixtures("row_by_row")
-@pytest.mark.parametrize("how", [pytest.param({}, marks=GPU), pytest.param(GRAPHS, marks=GPU)], ids=["eager", "graphs"])
-def test_prompts_on_flash_attention(small_model, prompts, monkeypatch, how):
-    """Each preset expands its pages into a room of its own."""
-    monkeypatch.setenv("KVARN_PROMPTS", "flash")
-    some, options = prompts[3:7], how | {"additional_config": {"kvarn_layers": OWN}}
-    with Engine(small_model, **options) as engine:
-        whole = engine.run(some)
-    missed_and_hit(small_model, some, whole, **options, **CACHE, max_num_batched_tokens=333)
-
-
-@pytest.mark.usefixtures("row_by_row")
-def test_five_presets(small_model, prompts):
+@pytest.mark.parametrize("how", [{}, pytest.param(GRAPHS, marks=GPU)], ids=["eager", "graphs"])
+def test_five_presets(small_model, prompts, how):
     """Exact over chunks and hits, on pages of which the smallest hold the fewest raw tokens."""
-    options = {"kv_cache_dtype": "kvarn_k2v2_g128", "additional_config": {"kvarn_layers": MIXED}}
-    some = prompts[3:7]
+    some, options = prompts[3:7], how | FIVE
     with Engine(small_model, **options) as engine:
         whole = engine.run(some)
         assert names(engine) == [FINE, MIXED["1"], "kvarn_k2v2_g128", MIXED["3"], MIXED["4"], "kvarn_k2v2_g128"]
     missed_and_hit(small_model, some, whole, **options, **CACHE, max_num_batched_tokens=100)
+
+
+@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.parametrize("how", [pytest.param({}, marks=GPU), pytest.param(GRAPHS, marks=GPU)], ids=["eager", "graphs"])
+def test_prompts_on_flash_attention(small_model, prompts, monkeypatch, how):
+    """All presets expand their pages into the same room, one layer after the other."""
+    monkeypatch.setenv("KVARN_PROMPTS", "flash")
+    some, options = prompts[3:7], how | FIVE
+    with Engine(small_model, **options) as engine:
+        whole = engine.run(some)
+        assert len({id(layer.memory) for layer in impls(engine)}) == 5
+        assert len({id(layer.memory.prompts) for layer in impls(engine)}) == 1
+    missed_and_hit(small_model, some, whole, **options, **CACHE, max_num_batched_tokens=333)
 
 
 def test_a_layer_that_is_not_there(small_model):

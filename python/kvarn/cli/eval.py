@@ -14,6 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Accuracy of caches on a real model
 Model = Annotated[Path | None, typer.Option(help="A checkpoint folder or a .gguf file; default SmolLM2-135M-Instruct.")]
 Name = Annotated[str | None, typer.Option(help="What to call the model in tables.")]
 Rows = Annotated[str, typer.Option(help="Which caches: names with shell wildcards, separated by semicolons.")]
+Own = Annotated[Path | None, typer.Option("--layers", help="A file of kvarn eval layers: its choice is one more row.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda: model, kvarn's verbs and the simulations on the GPU.")]
 DType = Annotated[str, typer.Option(help="Of weights and activations: float32, bfloat16 or float16.")]
 Text = Annotated[Path, typer.Option(help="The text to read.")]
@@ -30,6 +31,7 @@ def run(
     contexts: Annotated[int, typer.Option(min=1, help="How many contexts.")] = 4,
     length: Length = 2048,
     rows: Rows = "*",
+    own: Own = None,
     past: Annotated[
         str, typer.Option(help="decoded: errors accumulate over tokens; prompt: the past is an exact prompt's.")
     ] = "decoded",
@@ -42,7 +44,7 @@ def run(
     from kvarn.cli.eval_run import text_run
 
     try:
-        text_run(model, text, name, contexts, length, rows, past, device, dtype, results, work)
+        text_run(model, text, name, contexts, length, rows, own, past, device, dtype, results, work)
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         raise fail(error) from None
 
@@ -58,6 +60,7 @@ def ask(
     model: Model = None,
     name: Name = None,
     rows: Rows = "*",
+    own: Own = None,
     device: Device = "cpu",
     dtype: DType = "float32",
     results: Annotated[Path, typer.Option(help="The JSON file to write, after every task.")] = Path("answers.json"),
@@ -70,7 +73,7 @@ def ask(
     from kvarn.cli.eval_run import task_run
 
     try:
-        task_run(model, name, task, data, questions, batch, rows, device, dtype, results, work)
+        task_run(model, name, task, data, questions, batch, rows, own, device, dtype, results, work)
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         raise fail(error) from None
 
@@ -85,6 +88,7 @@ def layers(
         ),
     ] = None,
     text: Text = DEFAULT_TEXT,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to weigh at most: again beside the choice before.")] = 1,
     contexts: Annotated[int, typer.Option(min=1, help="How many contexts to measure every layer on.")] = 1,
     check: Annotated[int, typer.Option(min=1, help="How many others to measure the choice on.")] = 2,
     length: Length = 1024,
@@ -103,7 +107,7 @@ def layers(
 
     try:
         chosen = [preset.strip() for preset in presets.split(";")] if presets is not None else kvarn.presets()[::-1]
-        layers_run(model, text, name, chosen, bits, contexts, check, length, device, dtype, results, work)
+        layers_run(model, text, name, chosen, bits, rounds, contexts, check, length, device, dtype, results, work)
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         raise fail(error) from None
 

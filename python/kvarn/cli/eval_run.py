@@ -17,20 +17,20 @@ from kvarn.eval.answers import Asker, describe
 from kvarn.eval.attention import Past
 from kvarn.eval.generation import can_generate
 from kvarn.eval.model import Model
-from kvarn.eval.rows import EXACT, Row, rows
+from kvarn.eval.rows import EXACT, Row, own_layers, rows
 from kvarn.eval.run import FIRST_SCORED, Runner
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def text_run(path, text, name, contexts, length, only, past, device, dtype, where, work) -> None:
+def text_run(path, text, name, contexts, length, only, own, past, device, dtype, where, work) -> None:
     """kvarn eval run; arguments as there."""
     if past not in (pasts := [kind.value for kind in Past]):
         raise ValueError(f"--past is {past!r}; it must be one of {', '.join(pasts)}")
     model, facts = load(path, name, device, dtype)
     runner = Runner(model, text, contexts, length, Past(past), folder(work))
     facts |= {"text": text.name, "context": length, "contexts": contexts, "first_scored": FIRST_SCORED, "past": past}
-    asked = _rows(model, facts, only)
+    asked = _rows(model, facts, only, own)
     result = results.Result(facts)
     with progress(len(asked) * contexts) as advance:
         for row in asked:
@@ -43,11 +43,11 @@ def text_run(path, text, name, contexts, length, only, past, device, dtype, wher
     out.print(f"written: {where}; kvarn eval report {where} draws it", markup=False, highlight=False)
 
 
-def task_run(path, name, names, data, questions, batch, only, device, dtype, where, work) -> None:
+def task_run(path, name, names, data, questions, batch, only, own, device, dtype, where, work) -> None:
     """kvarn eval ask; arguments as there."""
     asked = tasks.tasks(data, [name.strip() for name in names.split(";")], questions)
     model, facts = load(path, name, device, dtype)
-    chosen = _rows(model, facts, f"{EXACT};{only}")
+    chosen = _rows(model, facts, f"{EXACT};{only}", own)
     chosen = [row for row in chosen if can_generate(row.cache)]  # the exact one is the first of all rows
     asker = Asker(model, batch, folder(work))
     told = [
@@ -94,9 +94,14 @@ def load(path: Path | None, name: str | None, device: str, dtype: str) -> tuple[
     }
 
 
-def _rows(model: Model, facts: dict, only: str) -> list[Row]:
+def _rows(model: Model, facts: dict, only: str, own: Path | None) -> list[Row]:
+    """own: a file of kvarn eval layers, or None."""
     full = model_config.full_layers(model.net.config.to_dict())
-    return rows(facts["head_dim"], facts["kv_heads"], full, facts["layers"], only, lambda: model.feedback)
+    shape = facts["head_dim"], facts["kv_heads"], full
+    found = rows(*shape, facts["layers"], only, lambda: model.feedback)
+    if own is not None:
+        found.append(own_layers(*shape, *results.layers_of(own), model.feedback))
+    return found
 
 
 def _origin(model: Path) -> str:

@@ -4,6 +4,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -37,9 +38,13 @@ class Packed:
     encoder: str
     feedback: Mapping[int, torch.Tensor] | None = None
 
-    def __repr__(self) -> str:
+    @cached_property
+    def _feedback_digest(self) -> str | None:
         made = b"".join(x.cpu().numpy().tobytes() for x in (self.feedback or {}).values())
-        return f"Packed({self.preset!r}, {self.encoder!r}, {hashlib.sha256(made).hexdigest() if made else None!r})"
+        return hashlib.sha256(made).hexdigest() if made else None
+
+    def __repr__(self) -> str:
+        return f"Packed({self.preset!r}, {self.encoder!r}, {self._feedback_digest!r})"
 
     def __call__(self, q, k, v, scale: float, layer: Layer) -> torch.Tensor:
         tokens, kv_heads, head_dim = k.shape

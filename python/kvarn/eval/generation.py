@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvarn import hf
-from kvarn.eval.caches import Packed, Plain, Simulated
+from kvarn.eval.caches import Layered, Packed, Plain, Simulated
 from kvarn.eval.model import Model
 from kvarn.rivals import Recent
 
@@ -50,6 +50,9 @@ def make_cache(cache, config) -> Cache:
         raise NotImplementedError(f"{cache} is not simulated in generation: it does not round each token as it comes")
     if isinstance(cache, Packed):
         return hf.Cache(config, cache.preset, cache.encoder, feedback=cache.feedback)
+    if isinstance(cache, Layered):
+        own = {number: packed.preset for number, packed in cache.own.items()}
+        return hf.Cache(config, cache.others.preset, cache.others.encoder, own, cache.others.feedback)
     made = DynamicCache(config=config.get_text_config())
     for number, layer in enumerate(made.layers):
         if type(layer) is not DynamicLayer:

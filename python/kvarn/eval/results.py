@@ -11,7 +11,7 @@ from pathlib import Path
 import kvarn
 from kvarn.eval import statistics
 from kvarn.eval.measure import Scores
-from kvarn.eval.rows import WITH_TILE, WITHOUT, Row
+from kvarn.eval.rows import OWN_LAYERS, WITH_TILE, WITHOUT, Row
 
 _NEAR_8_BITS = ("q8_0", "int8_per_token_head", "fp8")
 _NEAR_4_BITS = ("fp8", "q4_0", "int4_per_token_head", "turboquant_4bit_nc, all layers", "nvfp4", "KIVI-4")
@@ -19,12 +19,13 @@ _NEAR_3_BITS = ("turboquant_k3v4_nc, all layers", "turboquant_3bit_nc, all layer
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Rows that are compared token by token: the encoders of every preset, and presets with what lies near."""
+    """Rows that are compared token by token: the encoders of every preset, layers of their own with all presets, and
+    presets with what lies near."""
     near = {"kvarn_k8v4_g128": _NEAR_8_BITS, "kvarn_k4v4_g128": _NEAR_4_BITS, "kvarn_k4v2_g128": _NEAR_3_BITS}
     found = []
     for preset in kvarn.presets():
         weighted, without, varnorm = (f"{preset} {encoder}" for encoder in ("weighted", WITHOUT, "varnorm"))
-        found += [(weighted, varnorm), (weighted, without), (without, varnorm)]
+        found += [(weighted, varnorm), (weighted, without), (without, varnorm), (OWN_LAYERS, weighted)]
         others = [other + recent for other in near.get(preset, ()) for recent in ("", WITH_TILE)]
         found += [(ours, other) for ours in (weighted, without) for other in others]
     return found
@@ -68,14 +69,23 @@ def write(result: Mapping, path: Path) -> None:
 
 
 def read(path: Path) -> dict:
-    """Raises ValueError, naming the file, where it holds no run."""
+    """Of kvarn eval run or ask. Raises ValueError, naming the file, where it holds no such run."""
+    return _read(path, "run or ask", {"model", "context", "rows", "pairs"}, {"model", "tasks", "rows"})
+
+
+def layers_of(path: Path) -> tuple[str, dict[str, str]]:
+    """What kvarn eval layers chose: the preset, and the layers that have another. Raises as `read`."""
+    found = _read(path, "layers", {"kv_cache_dtype", "kvarn_layers"})
+    return found["kv_cache_dtype"], found["kvarn_layers"]
+
+
+def _read(path: Path, commands: str, *kinds: set[str]) -> dict:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); give files that kvarn eval has written") from None
-    kinds = {"model", "context", "rows", "pairs"}, {"model", "tasks", "rows"}
     if not isinstance(result, dict) or not any(kind <= result.keys() for kind in kinds):
-        raise ValueError(f"{path} is no result of kvarn eval run or ask")
+        raise ValueError(f"{path} is no result of kvarn eval {commands}")
     return result
 
 

@@ -9,7 +9,8 @@ import torch
 
 import kvarn
 from kvarn.eval.attention import Cache
-from kvarn.eval.caches import Packed, Plain, Simulated
+from kvarn.eval.caches import Layered, Packed, Plain, Simulated
+from kvarn.layer_numbers import by_number
 from kvarn.rivals import RIVALS, Recent
 
 # The row that others are paired with.
@@ -18,6 +19,8 @@ EXACT = "bf16"
 WITH_TILE = ", own tile raw"
 # The weighted encoder without feedback.
 WITHOUT = "fit"
+# The row of a model whose layers have presets of their own, as kvarn eval layers chooses them.
+OWN_LAYERS = "layers of their own"
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,16 @@ def rows(
         if not any(fnmatchcase(row.name, pattern) for row in found):
             raise ValueError(f"no row is called {pattern!r}; there are: " + "; ".join(row.name for row in found))
     return [row for row in found if asked(row.name)]
+
+
+def own_layers(
+    head_dim: int, kv_heads: int, full: Sequence[int], preset: str, layers: Mapping[str, str], feedback: Mapping
+) -> Row:
+    """A model whose layers have presets of their own; preset, layers: as vLLM's flag and kvarn_layers have them."""
+    own = by_number(layers)
+    packed = {name: Packed(name, "weighted", feedback) for name in (preset, *own.values())}
+    bits = [
+        kvarn.Layout(own.get(number, preset), head_dim=head_dim, kv_heads=kv_heads).bits_per_value for number in full
+    ]
+    cache = Layered({number: packed[name] for number, name in own.items()}, packed[preset])
+    return Row(OWN_LAYERS, "kvarn", sum(bits) / len(bits), Recent.TILE.value, cache)

@@ -30,7 +30,7 @@ class Memory:
         if prompts:
             self.decode = kvarn.CudaWorkspace(layout, rows, requests, query_heads, longest, device)
             self.step = kvarn.CudaWorkspace(layout, tokens, requests, 0, longest, device)
-            self.prompts = Prompts(layout, tokens, requests, longest, dtype, device)
+            self.prompts = Prompts.shared(layout, most, dtype, device)
         else:
             self.decode = self.step = kvarn.CudaWorkspace(layout, tokens, requests, query_heads, longest, device)
             self.prompts = None
@@ -58,6 +58,8 @@ class Most(NamedTuple):
 class Prompts:
     """Room for the 16-bit pages of prompts: of the longest request alone, or of several that fit together.
 
+    What lies in it is one layer's, so that layers of all presets share it.
+
     k, v           [pages * page_tokens, kv_heads, head_dim], in the rotated basis
     block_table    int32 [sequences, width], seq_lens, query_starts: of the query tiles, see kvarn.cuda.prefill_pages
     """
@@ -73,6 +75,14 @@ class Prompts:
         self.seq_lens = torch.zeros(sequences, **integers)
         self.query_starts = torch.zeros(sequences + 1, **integers)
         self.overflow = torch.zeros(1, **integers)
+
+    @classmethod
+    def shared(cls, layout, most: Most, dtype, device) -> "Prompts":
+        """The one there is for layers of this shape, else a new one."""
+        key = layout.page_tokens, layout.kv_heads, layout.head_dim, most, dtype, str(device)
+        if (room := _prompts.get(key)) is None:
+            _prompts[key] = room = cls(layout, most.tokens, most.requests, most.length, dtype, device)
+        return room
 
 
 class Replaced:
@@ -95,6 +105,7 @@ class Replaced:
 
 
 _made: WeakValueDictionary[tuple, Memory] = WeakValueDictionary()
+_prompts: WeakValueDictionary[tuple, Prompts] = WeakValueDictionary()
 
 
 def reserve(layer, config, device, group: str | None = None) -> Memory:
