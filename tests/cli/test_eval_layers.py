@@ -3,10 +3,8 @@
 
 import json
 import random
-from itertools import pairwise
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -17,7 +15,7 @@ from kvarn.cli.commands import app  # noqa: E402
 from kvarn.eval import keys  # noqa: E402
 from kvarn.eval.attention import Layer  # noqa: E402
 from kvarn.eval.caches import Layered, Packed, Plain  # noqa: E402
-from kvarn.eval.layers import choose, rounds  # noqa: E402
+from kvarn.eval.layers import choose  # noqa: E402
 from kvarn.eval.rows import OWN_LAYERS  # noqa: E402
 from llama import llama, save  # noqa: E402
 
@@ -54,34 +52,6 @@ def test_no_budget_is_exceeded():
         choose(found, BITS, 2.9)
 
 
-class Together:
-    """A runner that knows what layers lose: `single` by themselves, and for two neighbours in "small" 4 more."""
-
-    def __init__(self, *single):
-        self.single = losses(*single)
-
-    def run(self, cache, done):
-        done()
-        chosen = {layer: packed.preset for layer, packed in cache.own.items()}
-        loss = sum(self.single[layer][name] for layer, name in chosen.items())
-        loss += 4 * sum(chosen.get(layer) == chosen.get(layer + 1) == "small" for layer in chosen)
-        return SimpleNamespace(kld=np.array([loss]))
-
-
-def test_layers_are_weighed_again_beside_the_choice_before():
-    """By themselves layers 0 and 1 lose least in "small"; together they lose more than layers 0 and 3 do."""
-    runner = Together((1, 0.5, 0), (1, 0.5, 0), (9, 3, 0), (2, 0.5, 0))
-    counted = []
-    presets = {name: Packed(name, "weighted") for name in BITS}
-    made = list(rounds(runner, range(4), presets, BITS, 3.5, 5, lambda: counted.append(1)))
-    assert list(made[0].chosen.values()) == ["small", "small", "large", "large"]
-    means = [turn.mean for turn in made]
-    assert means[0] == 6 and min(means) < 4
-    assert all(a > b for a, b in pairwise(means[:-1])) and (len(made) == 5 or means[-1] >= means[-2])
-    assert len(counted) == len(made) * 4 * len(BITS)
-    assert len(list(rounds(runner, range(4), presets, BITS, 3.5, 1))) == 1
-
-
 def test_layers_have_their_own_caches():
     draw = torch.Generator().manual_seed(8)
     q, k, v = (torch.randn(300, heads, 64, generator=draw) for heads in (4, 2, 2))
@@ -109,10 +79,10 @@ def test_the_command(tmp_path, monkeypatch):
     def invoke(*arguments):
         return CliRunner().invoke(app, [*asked, *arguments])
 
-    done = invoke("4", "--presets", "kvarn_k4v4_g128; kvarn_k2v2_g128", "--rounds", "3")
+    done = invoke("4", "--presets", "kvarn_k4v4_g128; kvarn_k2v2_g128")
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "layers.json").read_text())
-    assert all(turn["losses"].keys() == {"0", "1", "2"} for turn in result["rounds"])
+    assert result["losses"].keys() == {"0", "1", "2"}
     assert [row["name"] for row in result["rows"]] == ["kvarn_k4v4_g128", "kvarn_k2v2_g128", OWN_LAYERS]
     least, most, own = result["rows"]
     assert least["mean"]["value"] < own["mean"]["value"] < most["mean"]["value"]

@@ -88,7 +88,6 @@ def layers(
         ),
     ] = None,
     text: Text = DEFAULT_TEXT,
-    rounds: Annotated[int, typer.Option(min=1, help="How often to weigh at most: again beside the choice before.")] = 1,
     contexts: Annotated[int, typer.Option(min=1, help="How many contexts to measure every layer on.")] = 1,
     check: Annotated[int, typer.Option(min=1, help="How many others to measure the choice on.")] = 2,
     length: Length = 1024,
@@ -107,7 +106,7 @@ def layers(
 
     try:
         chosen = [preset.strip() for preset in presets.split(";")] if presets is not None else kvarn.presets()[::-1]
-        layers_run(model, text, name, chosen, bits, rounds, contexts, check, length, device, dtype, results, work)
+        layers_run(model, text, name, chosen, bits, contexts, check, length, device, dtype, results, work)
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         raise fail(error) from None
 

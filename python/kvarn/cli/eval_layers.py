@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop of `kvarn eval layers`: every layer weighed, the choice, and what it is worth on other contexts."""
+"""The loop of `kvarn eval layers`: every layer by itself, the choice, and what it is worth on other contexts."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ from kvarn.eval.run import FIRST_SCORED, Runner
 from kvarn.layer_numbers import as_option
 
 
-def layers_run(path, text, name, presets, budget, most, contexts, check, length, device, dtype, where, work) -> None:
-    """kvarn eval layers; arguments as there, most: --rounds."""
+def layers_run(path, text, name, presets, budget, contexts, check, length, device, dtype, where, work) -> None:
+    """kvarn eval layers; arguments as there."""
     model, facts = load(path, name, device, dtype)
     packed = full_layers(model.net.config.to_dict())
     bits = {preset: _bits(preset, facts) for preset in presets}
@@ -30,18 +30,11 @@ def layers_run(path, text, name, presets, budget, most, contexts, check, length,
     caches = {preset: Packed(preset, "weighted", model.feedback) for preset in bits}
     # Cut together: the same text never has a context in both.
     weighing, checking = Runner(model, text, contexts + check, length, Past.DECODED, folder(work)).parted(contexts)
-    made = []
-    with progress(most * len(packed) * len(bits) * contexts) as advance:
-
-        def done() -> None:
-            advance(f"beside choice {len(made)}" if made else "every layer by itself")
-
-        for turn in layers.rounds(weighing, packed, caches, bits, budget, most, done):
-            made.append(turn)
-            _tell(f"choice {len(made)}: mean KLD {turn.mean:.5f} where layers were weighed")
-    best = min(made, key=lambda turn: turn.mean)
-    option = as_option(best.chosen, smallest)
-    out.print(_table(best, bits))
+    with progress(len(packed) * len(bits) * contexts) as advance:
+        found = layers.losses(weighing, packed, caches, lambda: advance("every layer by itself"))
+    chosen = layers.choose(found, bits, budget)
+    option = as_option(chosen, smallest)
+    out.print(_table(found, chosen, bits))
     facts |= {
         "text": text.name,
         "context": length,
@@ -49,14 +42,10 @@ def layers_run(path, text, name, presets, budget, most, contexts, check, length,
         "skipped": contexts,
         "first_scored": FIRST_SCORED,
     }
-    told = results.about(facts) | {
-        "kv_cache_dtype": smallest,
-        "kvarn_layers": option,
-        "rounds": [dataclasses.asdict(turn) for turn in made],
-        "rows": [],
-    }
-    own = Layered({layer: caches[preset] for layer, preset in best.chosen.items()}, caches[smallest])
-    mean = sum(bits[preset] for preset in best.chosen.values()) / len(best.chosen)
+    choice = {"kv_cache_dtype": smallest, "kvarn_layers": option}
+    told = results.about(facts) | {"losses": found} | choice | {"rows": []}
+    own = Layered({layer: caches[preset] for layer, preset in chosen.items()}, caches[smallest])
+    mean = sum(bits[preset] for preset in chosen.values()) / len(chosen)
     rows = [(preset, bits[preset], cache) for preset, cache in caches.items()] + [(OWN_LAYERS, mean, own)]
     with progress(len(rows) * check) as advance:
         for row, size, cache in rows:
@@ -65,20 +54,20 @@ def layers_run(path, text, name, presets, budget, most, contexts, check, length,
             results.write(told, where)
             _tell(f"{row}, {size:.3f} bits: mean KLD {summary.mean.value:.5f}, median {summary.median.value:.5f}")
     _tell(f"--kv-cache-dtype {smallest} --additional-config '{json.dumps({'kvarn_layers': option})}'")
-    _tell(f"written: {where}")
+    _tell(f"written: {where}; kvarn eval run and ask take it as --layers")
 
 
 def _tell(line: str) -> None:
     out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _table(turn: layers.Round, bits: Mapping[str, float]) -> Table:
-    """What each layer lost when it was weighed; its choice in bold."""
-    table = Table(title="mean KLD with a layer in", box=SIMPLE_HEAD)
+def _table(found: layers.Losses, chosen: Mapping[int, str], bits: Mapping[str, float]) -> Table:
+    """What each layer loses by itself; its choice in bold."""
+    table = Table(title="mean KLD of a layer by itself", box=SIMPLE_HEAD)
     for name in ("layer", *bits):
         table.add_column(name.removeprefix("kvarn_"), justify="right")
-    for layer, of_layer in turn.losses.items():
-        shown = ((f"{of_layer[name]:.6f}", "bold" if name == turn.chosen[layer] else "") for name in bits)
+    for layer, of_layer in found.items():
+        shown = ((f"{of_layer[name]:.6f}", "bold" if name == chosen[layer] else "") for name in bits)
         table.add_row(str(layer), *(Text(*each) for each in shown))
     return table
 

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers deserve more bits: what each loses in each preset, and the best choice within a budget.
+"""Which layers deserve more bits: what each loses by itself in each preset, and the best choice within a budget.
 
 Losses of single layers add up nearly to that of all (docs/encoder-study.md), so that they can be weighed one by one.
-Nearly: errors of 2-bit keys in several layers lose more together. So layers are weighed again beside the choice made.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from kvarn.eval.caches import Layered, Packed, Plain
 from kvarn.eval.run import Runner
@@ -15,54 +13,17 @@ from kvarn.eval.run import Runner
 Losses = Mapping[int, Mapping[str, float]]
 
 
-@dataclass(frozen=True)
-class Round:
-    """What layers lost, what was chosen by it, and the mean KL divergence of that choice on the same contexts."""
-
-    losses: Losses
-    chosen: Mapping[int, str]
-    mean: float
-
-
-def rounds(
-    runner: Runner,
-    layers: Sequence[int],
-    presets: Mapping[str, Packed],
-    bits: Mapping[str, float],
-    budget: float,
-    most: int,
-    done: Callable[[], None] = lambda: None,
-) -> Iterator[Round]:
-    """Chooses by what every layer loses by itself, then by what it loses beside the choice before, as long as that
-    gains something and at most `most` times. Calls `done` after each context of each."""
-    beside: Mapping[int, str] = {}
-    least = float("inf")
-    for _ in range(most):
-        found = losses(runner, layers, presets, beside, done)
-        beside = choose(found, bits, budget)
-        made = Round(found, beside, _mean(runner, presets, beside))
-        yield made
-        if made.mean >= least:
-            return
-        least = made.mean
-
-
 def losses(
-    runner: Runner,
-    layers: Sequence[int],
-    presets: Mapping[str, Packed],
-    beside: Mapping[int, str],
-    done: Callable[[], None] = lambda: None,
+    runner: Runner, layers: Sequence[int], presets: Mapping[str, Packed], done: Callable[[], None] = lambda: None
 ) -> dict[int, dict[str, float]]:
-    """With each layer in each preset and all others in those of `beside`, or as they are."""
+    """Of each layer in each preset while all others keep what they have; calls `done` after each context of each."""
     return {
-        layer: {name: _mean(runner, presets, {**beside, layer: name}, done) for name in presets} for layer in layers
+        layer: {
+            name: float(runner.run(Layered({layer: packed}, Plain()), done).kld.mean())
+            for name, packed in presets.items()
+        }
+        for layer in layers
     }
-
-
-def _mean(runner: Runner, presets: Mapping[str, Packed], chosen: Mapping[int, str], done=lambda: None) -> float:
-    cache = Layered({layer: presets[name] for layer, name in chosen.items()}, Plain())
-    return float(runner.run(cache, done).kld.mean())
 
 
 def smallest(bits: Mapping[str, float], budget: float) -> str:
