@@ -59,7 +59,7 @@ if [[ ${NCU:-} ]]; then
 fi
 : >"$build/speed.jsonl"
 # A process each, so that a fault in one verb costs only its own lines.
-verbs=(attend sustained plan step expand append)
+verbs=(attend sustained plan step layer expand append)
 if (($#)) && [[ " ${verbs[*]} " == *" $1 "* ]]; then verbs=("$1"); fi
 for verb in "${verbs[@]}"; do
   timeout 150 "$build/speed" "${options[@]}" "$verb " "$@" >>"$build/speed.jsonl" || status=1

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// attend, alone, sustained and in a decode step, and the plan. Answers are compared with float64 over the same pages.
+// attend, alone, sustained, in a decode step and in one with a model's weights, and the plan. Answers are compared with
+// float64 over the same pages.
 #pragma once
 
 #include "speed_bench.cuh"
@@ -106,16 +107,26 @@ inline void plan(Bench& bench, const Shape& s) {
   });
 }
 
-// A decode step of up to 36 layers: the plan, then append and attend of every layer. Microseconds of one layer.
-inline void decode_step(Bench& bench, const Shape& s) {
-  bench.run(std::string("step ") + s.preset + " " + s.name(), [&] {
+// A decode step of up to 36 layers: the plan, then append and attend of every layer. Microseconds of one layer; behind
+// as many bytes of weights, read before each, what comes to the time of reading them.
+inline void decode_step(Bench& bench, const Shape& s, size_t weights = 0) {
+  const char* name = weights > 0 ? "layer" : "step";
+  bench.run(name + std::string(" ") + s.preset + " " + s.name(), [&] {
     const Attention a(bench, s, KVARN_FLOAT16, 36);
     const Rows k(a.step.tokens(), s.kv_heads, s.head_dim, KVARN_FLOAT16, 8);
     const Rows v(a.step.tokens(), s.kv_heads, s.head_dim, KVARN_FLOAT16, 9);
     const kvarn_rows k_rows = k.in(), v_rows = v.in();
+    const auto read_weights = [&](cudaStream_t stream, int layer) {
+      constexpr size_t kBlock = size_t{64} << 10;
+      const size_t count = weights / kBlock, at = layer * count % (bench.pool_bytes / kBlock - count);
+      if (count > 0)
+        read_kernel<<<static_cast<unsigned>(count), 256, 0, stream>>>(
+            reinterpret_cast<const uint4*>(bench.pool + at * kBlock), nullptr);
+    };
     const auto all_layers = [&](cudaStream_t stream, int) {
       a.plan(stream);
       for (int layer = 0; layer < a.step.layers(); ++layer) {
+        read_weights(stream, layer);
         const kvarn_pages pages = a.step.pages(layer);
         check(kvarn_cuda_append(&a.layout, &pages, &a.device_step, &k_rows, &v_rows, KVARN_WEIGHTED, nullptr, nullptr,
                                 &a.workspace, stream),
@@ -129,7 +140,11 @@ inline void decode_step(Bench& bench, const Shape& s) {
     if (!bench.timed) return;
     Timing timing = time_graph(1, all_layers);
     for (double* us : {&timing.us, &timing.low, &timing.high}) *us /= a.step.layers();
-    bench.report("step", s.preset, s.name(), s.rows, "random", timing, a.step.attended_bytes(), error);
+    if (weights > 0) {
+      const double reading = time_graph(a.step.layers(), read_weights).us;
+      for (double* us : {&timing.us, &timing.low, &timing.high}) *us -= reading;
+    }
+    bench.report(name, s.preset, s.name(), s.rows, "random", timing, a.step.attended_bytes(), error);
   });
 }
 
