@@ -121,7 +121,10 @@ struct RoomOf {
   __device__ uint8_t* values(int slot) const { return base + p.in.values_at + slot * value_slot; }
   // A quad's partial result, those of a team one after the other. What shared memory has no room for lies in global
   // memory. A place is a number of 16 bytes from the beginning of one or the other.
-  __device__ Stored& state(int quad, int index) const { return *reinterpret_cast<Stored*>(at(place(quad, index))); }
+  __device__ Stored& state(int quad, int index) const {
+    return index < p.in.states ? reinterpret_cast<Stored*>(base + p.in.states_at)[index * p.in.quads() + quad]
+                               : reinterpret_cast<Stored*>(spilled())[index * kMaxQuads + quad];
+  }
   __device__ uint32_t place(int quad, int index) const {
     static_assert(sizeof(Stored) % 16 == 0);
     constexpr uint32_t kSize = sizeof(Stored) / 16;
