@@ -97,9 +97,14 @@ def test_the_command(tmp_path, monkeypatch):
     assert [row["name"] for row in measured["rows"]][-1] == OWN_LAYERS
     assert measured["rows"][-1]["bits_per_value"] == own["bits_per_value"]
     assert {pair["ours"] for pair in measured["pairs"]} > {OWN_LAYERS}
+    done = CliRunner().invoke(app, ["eval", "report", "eval.json"])
+    assert done.exit_code == 0 and OWN_LAYERS in (tmp_path / "eval.svg").read_text()
     done = CliRunner().invoke(app, [*again, "--layers", "eval.json"])
     assert done.exit_code == 1 and "eval.json is no result of kvarn eval layers" in done.stderr
+    (tmp_path / "layers.json").write_text(json.dumps(result | {"kvarn_layers": {"7": "kvarn_k4v4_g128"}}))
+    done = CliRunner().invoke(app, [*again, "--layers", "layers.json"])
+    assert done.exit_code == 1 and "layers [7] have presets of their own; packed are [0, 1, 2]" in done.stderr
     failed = invoke("2")
     assert failed.exit_code == 1
-    assert "2 bits per value are too few: kvarn_k2v2_g128 alone has" in failed.stderr
+    assert "2 bits per value are too few: kvarn_k4v2_g128 alone has" in failed.stderr
     assert "preset" in invoke("4", "--presets", "fp8").stderr

@@ -14,7 +14,10 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 860, 400, 62, 40, 44
 _FIRST_BITS, _LAST_BITS = 0, 9
 _OWN_TILE = ", own tile raw"
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-_COLOURS = {"weighted": "#0b7a75", "fit": "#c98a1b", "varnorm": "#d1495b", "min-max": "#8d6e97", "rival": "#6b7785"}
+_COLOURS = {  # by the last word of kvarn's rows
+    "weighted": "#0b7a75", "fit": "#c98a1b", "varnorm": "#d1495b", "min-max": "#8d6e97", "own": "#3d5a98",
+    "rival": "#6b7785",
+}  # fmt: skip
 
 
 def draw(results: Sequence[Mapping]) -> str:

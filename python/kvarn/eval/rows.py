@@ -79,8 +79,13 @@ def rows(
 def own_layers(
     head_dim: int, kv_heads: int, full: Sequence[int], preset: str, layers: Mapping[str, str], feedback: Mapping
 ) -> Row:
-    """A model whose layers have presets of their own; preset, layers: as vLLM's flag and kvarn_layers have them."""
+    """A model whose layers have presets of their own; preset, layers: as vLLM's flag and kvarn_layers have them.
+
+    Raises ValueError where these are not layers of the model that are packed.
+    """
     own = by_number(layers)
+    if lacking := sorted(own.keys() - set(full)):
+        raise ValueError(f"layers {lacking} have presets of their own; packed are {list(full)}: another model's file?")
     packed = {name: Packed(name, "weighted", feedback) for name in (preset, *own.values())}
     bits = [
         kvarn.Layout(own.get(number, preset), head_dim=head_dim, kv_heads=kv_heads).bits_per_value for number in full
