@@ -4,8 +4,9 @@
     python bench/accuracy/feedback.py MODEL --name NAME --text TEXT --other OTHER --contexts 2 --results FILE
 
 Energies come from the `weights` alone, from another `text`, from `random` tokens, the model run once without a cache,
-or so but with attention that gives zeros, as kvarn does it (`model`, kvarn.energy). Beside them no feedback, `varnorm`
-and fp8, all on the same tokens. Finished contexts stay in --work.
+or so but with attention that gives zeros, as kvarn does it (`model`, kvarn.energy); `balanced` is that with keys
+divided by their balance, as it is by default. Beside them no feedback, `varnorm` and fp8, all on the same tokens.
+Finished contexts stay in --work.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from kvarn.eval.attention import Past, exact
 from kvarn.eval.caches import Packed, Simulated
 from kvarn.eval.model import Model
 from kvarn.eval.run import Runner
-from kvarn.hf.feedback import energies
+from kvarn.hf.feedback import feedback
 from kvarn.rivals import RIVALS, Recent
 
 
@@ -57,16 +58,20 @@ def from_weights(net, layers: list[int]) -> dict[int, torch.Tensor]:
     return found
 
 
-def sources(model: Model, other: Path) -> dict[str, dict[int, torch.Tensor]]:
-    """Energies by layer, under the names of the tables."""
+def sources(model: Model, other: Path) -> dict[str, dict[int, energy.Feedback]]:
+    """Feedback by layer, under the names of the tables."""
     on_text = measured(model.net, text.contexts(other, model.tokenizer, 2, 1024)[:, :-1])
     random = energy.tokens(model.net.config.get_text_config().vocab_size)[None]
-    return {
+    found = {
         "weights": from_weights(model.net, sorted(on_text)),
         "text": on_text,
         "random": measured(model.net, random),
-        "model": energies(model.net),
     }
+    plain = {
+        source: {layer: energy.Feedback(kvarn.feedback(its), None) for layer, its in by.items()}
+        for source, by in found.items()
+    }
+    return plain | {"model": feedback(model.net, balanced=False), "balanced": feedback(model.net)}
 
 
 def caches(presets: list[str], by_source: dict) -> dict:
@@ -74,9 +79,8 @@ def caches(presets: list[str], by_source: dict) -> dict:
     found = {"fp8": Simulated(RIVALS["fp8"], Recent.NONE)}
     for name in (f"kvarn_{preset}_g128" for preset in presets):
         found |= {f"{name} {encoder}": Packed(name, encoder) for encoder in ("varnorm", "weighted")}
-        for source, by in by_source.items():
-            feedback = {layer: kvarn.feedback(its) for layer, its in by.items()}
-            found[f"{name} weighted, {source}"] = Packed(name, "weighted", feedback)
+        for source, its in by_source.items():
+            found[f"{name} weighted, {source}"] = Packed(name, "weighted", its)
     return found
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a layer's queries are, channel by channel: the `energy` that kvarn.feedback takes.
+"""What a cache may know of a model before it holds a token: how large a layer's queries are, channel by channel, and
+how far its keys deviate. kvarn.feedback makes of the former what keys are rounded with; the latter is the balance.
 
-It is a property of the model alone. The model runs once, on fixed tokens at positions 0, 1, .., without a text and
+Both are properties of the model alone. The model runs once, on fixed tokens at positions 0, 1, .., without a text and
 without a cache. Attention gives zeros where a layer is packed; layers that are not, those with a window, attend: with
 zeros there too Gemma 3 would lose half of the gain (docs/encoder-study.md). So every engine that runs the model can do
 it in the same way.
@@ -9,9 +10,52 @@ it in the same way.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from kvarn._feedback import feedback
+
 TOKENS = 512
+_TILE = 128
+# Channels that hardly deviate about a large mean are left as if they deviated by a 64th of it: raw tokens are f16.
+_OF_SIZE, _OF_MOST = 2.0**-12, 2.0**-20
+
+
+class Feedback(NamedTuple):
+    """Of a layer, for append and attend.
+
+    matrix   float32 [kv_heads, head_dim, head_dim], of kvarn.feedback: K's codes are rounded with it
+    balance  float32 [kv_heads, head_dim], or None: keys are divided and queries multiplied by it
+    """
+
+    matrix: torch.Tensor
+    balance: torch.Tensor | None
+
+    def to(self, device) -> Feedback:
+        return Feedback(self.matrix.to(device), None if self.balance is None else self.balance.to(device))
+
+
+class Seen(NamedTuple):
+    """Of a layer on the fixed tokens: float32 [kv_heads, head_dim] on the CPU, powers of two, so that the last bits of
+    a model's arithmetic do not matter.
+
+    queries  mean squares of the queries that read each KV head, after RoPE
+    keys     how far the keys deviate within 128 tokens, after RoPE: the balance
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+    @classmethod
+    def of(cls, query: torch.Tensor, key: torch.Tensor) -> Seen:
+        """query [tokens, query_heads, head_dim], key [tokens, kv_heads, head_dim]."""
+        return cls(of_queries(query, key.shape[1]), of_keys(key))
+
+    def feedback(self, balanced: bool = True) -> Feedback:
+        if not balanced:
+            return Feedback(feedback(self.queries), None)
+        return Feedback(feedback(self.queries * self.keys.square()), self.keys)
 
 
 def tokens(vocabulary: int) -> torch.Tensor:
@@ -24,10 +68,23 @@ def tokens(vocabulary: int) -> torch.Tensor:
 
 
 def of_queries(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Mean squares of the queries [tokens, query_heads, head_dim], after RoPE, that read each KV head: float32
-    [kv_heads, head_dim] on the CPU, powers of two, so that the last bits of a model's arithmetic do not matter."""
+    """See Seen; query [tokens, query_heads, head_dim]."""
     squares = query.detach().double().square().mean(0).unflatten(0, (kv_heads, -1)).mean(1)
-    return squares.clamp_min(2.0**-60).log2().round().exp2().float().cpu()
+    return _power_of_two(squares.clamp_min(2.0**-60))
+
+
+def of_keys(key: torch.Tensor) -> torch.Tensor:
+    """See Seen; key [tokens, kv_heads, head_dim]. Their geometric mean is about 1, so that keys stay as large as they
+    are."""
+    tiles = key.detach().double().unflatten(0, (-1, _TILE))
+    spread = tiles.var(1, correction=0).mean(0)
+    spread = spread.maximum(tiles.square().mean((0, 1)) * _OF_SIZE)
+    spread = spread.maximum(spread.amax(-1, keepdim=True) * _OF_MOST).clamp_min(2.0**-60)
+    return _power_of_two((spread / spread.log().mean(-1, keepdim=True).exp()).sqrt())
+
+
+def _power_of_two(x: torch.Tensor) -> torch.Tensor:
+    return x.log2().round().exp2().float().cpu()
 
 
 def window_mask(tokens: int, window: int, device: torch.device | str = "cpu") -> torch.Tensor:

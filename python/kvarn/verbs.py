@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from kvarn import _core
+from kvarn import _balance, _core
 from kvarn.layout import Layout
 
 # Of append: the library's own, which is the default, and the published algorithm.
@@ -36,6 +36,7 @@ def append(
     target: str | None = None,
     *,
     feedback=None,
+    balance=None,
     slots=None,
     plan=None,
     replaced=None,
@@ -51,6 +52,8 @@ def append(
     feedback   None, or float32 [kv_heads, head_dim, head_dim] from kvarn.feedback, on the device of pages: K is rounded
                for the queries that will read it ("weighted" only). Records depend on it: give a cache the same one for
                its whole life
+    balance    None, or float32 [kv_heads, head_dim], powers of two, on the device of pages: k is divided by it, and
+               attend of these pages multiplies q by it, which is exact and changes no product. kvarn.energy finds it
     Returns how many elements of k and v were replaced: NaN by 0, magnitudes above 65504 by 65504.
 
     On CUDA tensors, on torch's current stream and without waiting for it; returns None:
@@ -60,6 +63,7 @@ def append(
     slots      where there is no plan, see kvarn.plan
     replaced   None, or an int64 tensor whose first element the number of replaced elements is added to
     """
+    k = _balance.divided(k, balance)
     if cuda := _cuda(pages):
         _no_target(target)
         return cuda.append(
@@ -86,6 +90,7 @@ def attend(
     out=None,
     workspace=None,
     target: str | None = None,
+    balance=None,
     slots=None,
     window: int | None = None,
     sinks=None,
@@ -96,6 +101,7 @@ def attend(
     q      [tokens, query_heads, head_dim]; query head h reads KV head h // (query_heads // kv_heads), ratio 1 .. 64
     scale  of the scores;  soft_cap: 0 (off), or scores become soft_cap * tanh(score / soft_cap)
     out    like q, written in place; None: a new array of q's kind and dtype
+    balance  None, or what append of these pages had
     Returns out. A row's bits depend on its own request's tokens only. A query with NaN or infinity makes its row NaN.
 
     On CUDA tensors, on torch's current stream and without waiting for it (ratio 1 .. 16; slots, workspace and plan as
@@ -103,6 +109,8 @@ def attend(
     window  0 (off), or how many tokens a row sees, its own included; None: the plan's, or 0
     sinks   None, or float32 [query_heads]: a logit per head that takes probability and has no value
     """
+    if balance is not None:
+        q = _balance.multiplied(q, balance, _layout(layout).kv_heads)
     if cuda := _cuda(pages):
         _no_target(target)
         if not hasattr(q, "dim"):
@@ -122,7 +130,8 @@ def attend(
 
 
 def expand(layout: Layout, pages, block_table, seq_lens, dtype=None, target: str | None = None, *, out=None):
-    """The complete tiles of each request, dequantized in the rotated basis, one request after the other.
+    """The complete tiles of each request, dequantized in the rotated basis, one request after the other. Keys are still
+    divided by the balance that append had.
 
     dtype  of the results: a numpy or torch dtype as `pages` is an array or a tensor; None: float32
     Returns (k, v), each [tokens, kv_heads, head_dim], tokens = sum of page_tokens * (seq_len // page_tokens).

@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="kvarn eval needs tran
 
 import kvarn  # noqa: E402
 from kvarn.cli.commands import app  # noqa: E402
+from kvarn.energy import Feedback  # noqa: E402
 from kvarn.eval import measure, picture, report, results, statistics, text  # noqa: E402
 from kvarn.eval.attention import Layer, Past, attending, exact, window_mask  # noqa: E402
 from kvarn.eval.caches import Packed, Plain, Simulated  # noqa: E402
@@ -255,18 +256,17 @@ def test_rows_have_names_of_their_own_and_are_chosen_by_pattern():
     assert {f"{preset} {encoder}" for preset in kvarn.presets() for encoder in ("weighted", "varnorm")} < set(names)
     assert set(RIVALS) < set(names)
     compared = {name for pair in results.pairs() for name in pair if not name.startswith("KIVI")} - {OWN_LAYERS}
-    assert compared < {row.name for row in rows(64, 3, range(30), 30, feedback=dict)}
+    assert compared < {row.name for row in rows(64, 3, range(30), 30, feedback=lambda balanced: {})}
     assert [row.name for row in rows(64, 3, range(30), 30, "q8_0; kvarn_k4v2* weighted")] == [
         "kvarn_k4v2_g128 weighted",
         "q8_0",
     ]
-    feedback = {0: torch.zeros(3, 64, 64)}
-    fed = {row.name: row.cache for row in rows(64, 3, range(30), 30, "kvarn_k4v2_g128 *", lambda: feedback)}
-    assert [fed[f"kvarn_k4v2_g128 {encoder}"].feedback for encoder in ("weighted", "varnorm", "fit")] == [
-        feedback, None, None,
-    ]  # fmt: skip
-    assert len(set(map(repr, fed.values()))) == 3
-    without = rows(64, 3, range(30), 30, "q8_0; kvarn_* fit; kvarn_* varnorm", lambda: pytest.fail("made for no row"))
+    made = {balanced: {0: Feedback(torch.zeros(3, 64, 64), torch.ones(3, 64))} for balanced in (True, False)}
+    fed = {row.name: row.cache for row in rows(64, 3, range(30), 30, "kvarn_k4v2_g128 *", made.get)}
+    for encoder, feedback in {"weighted": made[True], "feedback": made[False], "varnorm": None, "fit": None}.items():
+        assert fed[f"kvarn_k4v2_g128 {encoder}"].feedback is feedback
+    assert len(set(map(repr, fed.values()))) == 3, "these two are the same but for their names"
+    without = rows(64, 3, range(30), 30, "q8_0; kvarn_* fit; kvarn_* varnorm", lambda _: pytest.fail("made for no row"))
     assert {row.name for row in without} >= {"q8_0", "kvarn_k4v2_g128 fit"}
     with pytest.raises(ValueError, match=r"no row is called 'q3_0'.*q4_0"):
         rows(64, 3, range(30), 30, "q3_0")

@@ -141,10 +141,11 @@ def test_command(net, data, tmp_path, monkeypatch):
     first, kept = invoke("--rows", "kvarn_k4v2_g128 weighted", "--batch", "2")
     assert len(kept) == 2 * 3
     second, more = invoke("--rows", "kvarn_k4v2_g128 *;q4_0*;KIVI-4")
-    assert kept.items() < more.items() and len(more) == 6 * 3
+    assert kept.items() < more.items() and len(more) == 7 * 3
     assert [row["name"] for row in first["rows"]] == ["bf16", "kvarn_k4v2_g128 weighted"]
     assert [row["name"] for row in second["rows"]][1:] == [
-        "kvarn_k4v2_g128 weighted", "kvarn_k4v2_g128 varnorm", "kvarn_k4v2_g128 fit", "q4_0", "q4_0, not rotated",
+        *(f"kvarn_k4v2_g128 {encoder}" for encoder in ("weighted", "varnorm", "feedback", "fit")),
+        "q4_0", "q4_0, not rotated",
     ]  # fmt: skip
     assert second["rows"][0]["tasks"]["lines_200"]["difference_percent"] == {"value": 0, "low": 0, "high": 0}
     done = CliRunner().invoke(app, ["eval", "report", "answers.json"])

@@ -67,11 +67,12 @@ def test_agrees_with_the_reference_verbs(kind, monkeypatch):
     verbs = {name: getattr(reference, name) for name in ("append", "attend")}
     state: dict = {}
 
-    def append(*args, plan, encoder, feedback):
+    def append(*args, plan, encoder, feedback, balance):
         return verbs["append"](
             *(x.numpy() if hasattr(x, "numpy") else x for x in args),
             encoder=encoder,
             feedback=feedback,
+            balance=balance,
             workspace=state,
         )
 

@@ -47,12 +47,13 @@ class Beside:
         own = self._own[name]
         gpu_forward()
         n = int(batch[2][-1])
-        feedback = None if impl.feedback is None else impl.feedback.cpu()
+        matrix, balance = (None, None) if impl.feedback is None else impl.feedback.to("cpu")
         kvarn.append(
-            impl.layout, own, *batch, key[:n].cpu(), value[:n].cpu(), encoder=impl.encoder, feedback=feedback
+            impl.layout, own, *batch, key[:n].cpu(), value[:n].cpu(), encoder=impl.encoder, feedback=matrix,
+            balance=balance,
         )  # fmt: skip
         theirs = kvarn.attend(
-            impl.layout, own, *batch, query[:n].cpu(), scale=impl.scale, soft_cap=impl.soft_cap
+            impl.layout, own, *batch, query[:n].cpu(), scale=impl.scale, soft_cap=impl.soft_cap, balance=balance
         ).flatten(1)  # fmt: skip
         ours = output[:n].cpu().flatten(1)
         self.rows += n

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys rounded for the model's queries (kvarn_feedback): where the feedback of each layer comes from."""
 
-import kvarn
 import pytest
 import tiny
 import torch
-from engine import Engine, first_difference
-from kvarn.hf.feedback import energies
+from engine import ON_GPU, Engine, first_difference
+from kvarn.hf.feedback import seen
 from kvarn.vllm import feedback, refuse
 from kvarn.vllm.refuse import Refused
 from test_layers import impls
@@ -28,16 +27,19 @@ def assert_as_in_transformers(folder, packed) -> None:
     """The same as transformers finds, whose modules have other names, fusions and RoPE."""
     from transformers import AutoModelForCausalLM
 
-    found = energies(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    found = seen(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     with Engine(folder, dtype="float32") as engine:
         runner = engine.llm.llm_engine.model_executor.driver_worker.model_runner
         layers = runner.vllm_config.compilation_config.static_forward_context
-        kept = {extract_layer_index(name): getattr(layer, "kvarn_feedback", None) for name, layer in layers.items()}
+        kept = {extract_layer_index(name): getattr(layer.impl, "feedback", None) for name, layer in layers.items()}
         for layer in layers.values():
-            assert getattr(layer.impl, "feedback", None) is getattr(layer, "kvarn_feedback", None)
+            if made := getattr(layer.impl, "feedback", None):
+                assert made.matrix is layer.kvarn_feedback and made.balance is layer.kvarn_balance
     assert {number for number, made in kept.items() if made is not None} == packed
     for number in packed:
-        assert torch.equal(kept[number].cpu(), kvarn.feedback(found[number]))
+        expected = found[number].feedback(balanced=not ON_GPU)
+        assert torch.equal(kept[number].matrix.cpu(), expected.matrix)
+        assert expected.balance is None or torch.equal(kept[number].balance, expected.balance)
 
 
 def test_it_is_that_of_the_checkpoint(small_model):
@@ -64,7 +66,7 @@ def test_a_model_that_cannot_be_run_ahead_is_served_without(small_model, prompts
         raise NotImplementedError("no such input")
 
     said = []
-    monkeypatch.setattr(feedback, "_energies", fails)
+    monkeypatch.setattr(feedback, "_seen", fails)
     monkeypatch.setattr(feedback.logger, "warning_once", lambda text, *given: said.append(text % given))
     with Engine(small_model) as engine:
         assert [impl.feedback for impl in impls(engine)] == [None] * 6

@@ -27,7 +27,7 @@ def layers_run(path, text, name, presets, budget, contexts, check, length, devic
     packed = full_layers(model.net.config.to_dict())
     bits = {preset: _bits(preset, facts) for preset in presets}
     smallest = layers.smallest(bits, budget)
-    caches = {preset: Packed(preset, "weighted", model.feedback) for preset in bits}
+    caches = {preset: Packed(preset, "weighted", model.feedback()) for preset in bits}
     # Cut together: the same text never has a context in both.
     weighing, checking = Runner(model, text, contexts + check, length, Past.DECODED, folder(work)).parted(contexts)
     with progress(len(packed) * len(bits) * contexts) as advance:

@@ -98,9 +98,9 @@ def _rows(model: Model, facts: dict, only: str, own: Path | None) -> list[Row]:
     """own: a file of kvarn eval layers, or None."""
     full = model_config.full_layers(model.net.config.to_dict())
     shape = facts["head_dim"], facts["kv_heads"], full
-    found = rows(*shape, facts["layers"], only, lambda: model.feedback)
+    found = rows(*shape, facts["layers"], only, model.feedback)
     if own is not None:
-        found.append(own_layers(*shape, *results.layers_of(own), model.feedback))
+        found.append(own_layers(*shape, *results.layers_of(own), model.feedback()))
     return found
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 import kvarn
+from kvarn.energy import Feedback
 from kvarn.eval.attention import Layer, exact
 from kvarn.rivals import Recent, Rival
 
@@ -36,11 +37,12 @@ class Packed:
 
     preset: str
     encoder: str
-    feedback: Mapping[int, torch.Tensor] | None = None
+    feedback: Mapping[int, Feedback] | None = None
 
     @cached_property
     def _feedback_digest(self) -> str | None:
-        made = b"".join(x.cpu().numpy().tobytes() for x in (self.feedback or {}).values())
+        tensors = [x for its in (self.feedback or {}).values() for x in its if x is not None]
+        made = b"".join(x.cpu().numpy().tobytes() for x in tensors)
         return hashlib.sha256(made).hexdigest() if made else None
 
     def __repr__(self) -> str:
@@ -57,11 +59,12 @@ class Packed:
         starts = torch.tensor([0, tokens], dtype=torch.int32, device=k.device)
         counted = torch.zeros(1, dtype=torch.int64, device=k.device) if k.is_cuda else None
         step = layout, pages, table, lengths, starts
-        feedback = self.feedback and self.feedback[layer.index].to(k.device)
-        replaced = kvarn.append(*step, k, v, encoder=self.encoder, feedback=feedback, replaced=counted)
+        matrix, balance = self.feedback[layer.index].to(k.device) if self.feedback else (None, None)
+        options = {"encoder": self.encoder, "feedback": matrix, "balance": balance}
+        replaced = kvarn.append(*step, k, v, **options, replaced=counted)
         if replaced := counted.item() if k.is_cuda else replaced:
             raise ValueError(f"{self.preset}: {replaced} elements of K or V are not finite or above 65,504")
-        return kvarn.attend(*step, q, scale=scale)
+        return kvarn.attend(*step, q, scale=scale, balance=balance)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 """The model that is measured, on the device and in the dtype that it is measured in."""
 
 import hashlib
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import torch
 
 import kvarn
 from kvarn import hf
+from kvarn.energy import Feedback
 
 
 class Model:
@@ -49,9 +50,9 @@ class Model:
         if (ends := fields.get_field("tokenizer.ggml.eos_token_id")) is not None:
             self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(int(ends.contents()))
 
-    @cached_property
-    def feedback(self) -> dict[int, torch.Tensor]:
-        return hf.feedback(self.net)
+    @cache  # noqa: B019  (a run has one model)
+    def feedback(self, balanced: bool = True) -> dict[int, Feedback]:
+        return hf.feedback(self.net, balanced)
 
     @property
     def device(self) -> torch.device:

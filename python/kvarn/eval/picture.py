@@ -15,8 +15,8 @@ _FIRST_BITS, _LAST_BITS = 0, 9
 _OWN_TILE = ", own tile raw"
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 _COLOURS = {  # by the last word of kvarn's rows
-    "weighted": "#0b7a75", "fit": "#c98a1b", "varnorm": "#d1495b", "min-max": "#8d6e97", "own": "#3d5a98",
-    "rival": "#6b7785",
+    "weighted": "#0b7a75", "feedback": "#3c9d4e", "fit": "#c98a1b", "varnorm": "#d1495b", "min-max": "#8d6e97",
+    "own": "#3d5a98", "rival": "#6b7785",
 }  # fmt: skip
 
 

@@ -6,12 +6,13 @@ import json
 import subprocess
 from collections.abc import Mapping
 from datetime import date
+from itertools import combinations, product
 from pathlib import Path
 
 import kvarn
 from kvarn.eval import statistics
 from kvarn.eval.measure import Scores
-from kvarn.eval.rows import OWN_LAYERS, WITH_TILE, WITHOUT, Row
+from kvarn.eval.rows import OWN_LAYERS, UNBALANCED, WITH_TILE, WITHOUT, Row
 
 _NEAR_8_BITS = ("q8_0", "int8_per_token_head", "fp8")
 _NEAR_4_BITS = ("fp8", "q4_0", "int4_per_token_head", "turboquant_4bit_nc, all layers", "nvfp4", "KIVI-4")
@@ -24,10 +25,10 @@ def pairs() -> list[tuple[str, str]]:
     near = {"kvarn_k8v4_g128": _NEAR_8_BITS, "kvarn_k4v4_g128": _NEAR_4_BITS, "kvarn_k4v2_g128": _NEAR_3_BITS}
     found = []
     for preset in kvarn.presets():
-        weighted, without, varnorm = (f"{preset} {encoder}" for encoder in ("weighted", WITHOUT, "varnorm"))
-        found += [(weighted, varnorm), (weighted, without), (without, varnorm), (OWN_LAYERS, weighted)]
+        ours = [f"{preset} {encoder}" for encoder in ("weighted", UNBALANCED, WITHOUT)]
+        found += [*combinations([*ours, f"{preset} varnorm"], 2), (OWN_LAYERS, ours[0]), (OWN_LAYERS, ours[1])]
         others = [other + recent for other in near.get(preset, ()) for recent in ("", WITH_TILE)]
-        found += [(ours, other) for ours in (weighted, without) for other in others]
+        found += list(product(ours, others))
     return found
 
 

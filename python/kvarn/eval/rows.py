@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 
 import kvarn
+from kvarn.energy import Feedback
 from kvarn.eval.attention import Cache
 from kvarn.eval.caches import Layered, Packed, Plain, Simulated
 from kvarn.layer_numbers import by_number
@@ -17,8 +18,8 @@ from kvarn.rivals import RIVALS, Recent
 EXACT = "bf16"
 # Rounds the newest tokens too, unlike kvarn; with its own tile raw, as kvarn has it, a format is compared as a format.
 WITH_TILE = ", own tile raw"
-# The weighted encoder without feedback.
-WITHOUT = "fit"
+# The weighted encoder with feedback but keys that are not balanced, as vLLM has it on GPUs; and without either.
+UNBALANCED, WITHOUT = "feedback", "fit"
 # The row of a model whose layers have presets of their own, as kvarn eval layers chooses them.
 OWN_LAYERS = "layers of their own"
 
@@ -40,13 +41,13 @@ def rows(
     full: Sequence[int],
     layers: int,
     only: str = "*",
-    feedback: Callable[[], Mapping[int, torch.Tensor]] | None = None,
+    feedback: Callable[[bool], Mapping[int, Feedback]] | None = None,
 ) -> list[Row]:
     """All rows whose name matches one of the patterns in `only` (shell wildcards, separated by ";").
 
     full, layers  the numbers of the model's full-attention layers, which are packed, and how many layers there are
-    feedback      gives that of kvarn.hf.feedback: the weighted encoder has it as in serving, beside rows without.
-                  Called only where a row that was asked for has it: the model has to run for it
+    feedback      gives that of kvarn.hf.feedback, balanced or not: the weighted encoder has it as in serving, beside
+                  rows without. Called only where a row that was asked for has it: the model has to run for it
     Raises ValueError where a pattern matches nothing.
     """
     patterns = [pattern.strip() for pattern in only.split(";")]
@@ -59,9 +60,10 @@ def rows(
         bits = kvarn.Layout(preset, head_dim=head_dim, kv_heads=kv_heads).bits_per_value
         packed = {encoder: Packed(preset, encoder) for encoder in kvarn.ENCODERS}
         if feedback is not None:
-            packed[WITHOUT] = packed["weighted"]
-            if asked(f"{preset} weighted"):
-                packed["weighted"] = Packed(preset, "weighted", feedback())
+            packed[UNBALANCED] = packed[WITHOUT] = packed["weighted"]
+            for encoder, balanced in (("weighted", True), (UNBALANCED, False)):
+                if asked(f"{preset} {encoder}"):
+                    packed[encoder] = Packed(preset, "weighted", feedback(balanced))
         for encoder, cache in packed.items():
             found.append(Row(f"{preset} {encoder}", "kvarn", bits, Recent.TILE.value, cache))
     for name, rival in RIVALS.items():
@@ -77,7 +79,12 @@ def rows(
 
 
 def own_layers(
-    head_dim: int, kv_heads: int, full: Sequence[int], preset: str, layers: Mapping[str, str], feedback: Mapping
+    head_dim: int,
+    kv_heads: int,
+    full: Sequence[int],
+    preset: str,
+    layers: Mapping[str, str],
+    feedback: Mapping[int, Feedback],
 ) -> Row:
     """A model whose layers have presets of their own; preset, layers: as vLLM's flag and kvarn_layers have them.
 
@@ -85,7 +92,9 @@ def own_layers(
     """
     own = by_number(layers)
     if lacking := sorted(own.keys() - set(full)):
-        raise ValueError(f"layers {lacking} have presets of their own; packed are {list(full)}: another model's file?")
+        raise ValueError(
+            f"layers {lacking} have presets of their own; packed are {list(full)}: another model's choice?"
+        )
     packed = {name: Packed(name, "weighted", feedback) for name in (preset, *own.values())}
     bits = [
         kvarn.Layout(own.get(number, preset), head_dim=head_dim, kv_heads=kv_heads).bits_per_value for number in full

@@ -6,21 +6,20 @@ from __future__ import annotations
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-import kvarn
 from kvarn import energy
 
 _NAME = "kvarn_energy"
 
 
-def energies(model: PreTrainedModel) -> dict[int, torch.Tensor]:
+def seen(model: PreTrainedModel) -> dict[int, energy.Seen]:
     """By the number of a layer, see kvarn.energy: one forward pass of kvarn.energy.TOKENS tokens."""
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, energy.Seen] = {}
 
     def attention(
         module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_
     ):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        found[module.layer_idx] = energy.of_queries(q, k.shape[1])
+        found[module.layer_idx] = energy.Seen.of(q, k)
         if sliding_window is None:
             return q.new_zeros(1, *q.shape[:2], v.shape[-1]), None
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
@@ -39,7 +38,7 @@ def energies(model: PreTrainedModel) -> dict[int, torch.Tensor]:
     return found
 
 
-def feedback(model: PreTrainedModel) -> dict[int, torch.Tensor]:
-    """For Cache(.., feedback=..), by the number of a layer: kvarn.feedback of each layer's energies. Make it once for a
-    model; it depends on nothing but the weights."""
-    return {layer: kvarn.feedback(found) for layer, found in energies(model).items()}
+def feedback(model: PreTrainedModel, balanced: bool = True) -> dict[int, energy.Feedback]:
+    """For Cache(.., feedback=..), by the number of a layer. Make it once for a model; it depends on nothing but the
+    weights. balanced: also divide keys and multiply queries by how far keys deviate (kvarn.append, balance)."""
+    return {layer: found.feedback(balanced) for layer, found in seen(model).items()}

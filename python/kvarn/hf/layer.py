@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 import kvarn
+from kvarn.energy import Feedback
 
 from .rows import Rows, Step
 
@@ -50,14 +51,14 @@ class Layer(CacheLayerMixin):
 
     pages   uint8 [capacity, page_bytes], None before the first step
     layout  kvarn.Layout, None before the first step
-    feedback  of kvarn.feedback, or None
+    feedback  kvarn.energy.Feedback, or None
     """
 
     is_sliding = False
     is_croppable = True  # what a step appended, if it is at most raw_tokens_per_page tokens
     supports_early_init = False
 
-    def __init__(self, preset: str, encoder: str, rows: Rows, feedback: torch.Tensor | None = None):
+    def __init__(self, preset: str, encoder: str, rows: Rows, feedback: Feedback | None = None):
         super().__init__()
         self.preset, self.encoder, self.rows, self.feedback = preset, encoder, rows, feedback
         self.layout: kvarn.Layout | None = None
@@ -108,12 +109,13 @@ class Layer(CacheLayerMixin):
         """q, k, v [tokens, heads, head_dim]: all of append before all of attend."""
         batch = self.layout, self.pages, *step.tables(q.device)
         plan = step.plan(q.device, self.layout, q.shape[1])
-        options = {"encoder": self.encoder, "feedback": self.feedback, "plan": plan}
+        matrix, balance = self.feedback or (None, None)
+        options = {"encoder": self.encoder, "feedback": matrix, "balance": balance, "plan": plan}
         if replaced := kvarn.append(*batch, k, v, **options):  # None on CUDA: asking would wait
             warnings.warn(
                 f"{replaced} keys or values were not finite, or beyond 65504, and were replaced", stacklevel=2
             )
-        return kvarn.attend(*batch, q, scale=scale, soft_cap=soft_cap, sinks=sinks, plan=plan)
+        return kvarn.attend(*batch, q, scale=scale, soft_cap=soft_cap, sinks=sinks, balance=balance, plan=plan)
 
     def _step(self, query: torch.Tensor, padding: torch.Tensor | None) -> Step:
         """The step in progress, or a new one if this layer is the first in it."""

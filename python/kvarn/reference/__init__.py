@@ -96,14 +96,14 @@ def _requests(layout, pages, block_table, seq_lens, query_starts):
 
 
 def append(layout, pages, block_table, seq_lens, query_starts, k, v, workspace=None, encoder="weighted", target=None, *,
-           feedback=None):  # fmt: skip
-    """Section 8. k, v [tokens][H][D], feedback None or [H][D][D]; returns the number of replaced elements of requests
-    that take part."""
+           feedback=None, balance=None):  # fmt: skip
+    """Section 8. k, v [tokens][H][D], feedback None or [H][D][D], balance None or [H][D]; returns the number of
+    replaced elements of requests that take part."""
     layout, G = _layout(layout), _layout(layout).page_tokens
     requests = list(_requests(layout, pages, block_table, seq_lens, query_starts))
     workspace = _default_workspace if workspace is None else workspace
     workspace.clear()
-    k, replaced_k = _clean_rotated(k)
+    k, replaced_k = _clean_rotated(k if balance is None else _float32(k) / np.asarray(balance))
     v, replaced_v = _clean_rotated(v)
 
     for key, request, _ in requests:
@@ -136,13 +136,15 @@ def append(layout, pages, block_table, seq_lens, query_starts, k, v, workspace=N
 
 
 def attend(layout, pages, block_table, seq_lens, query_starts, q, *, scale, soft_cap=0.0, out=None, workspace=None,
-           target=None):  # fmt: skip
+           target=None, balance=None):  # fmt: skip
     """Section 9 in float64. q [tokens][query heads][D] -> out, float64 unless `out` is given."""
     layout, G = _layout(layout), _layout(layout).page_tokens
     workspace = _default_workspace if workspace is None else workspace
     q = _float32(q).astype(np.float64)
     out = np.zeros(q.shape) if out is None else out
     group = q.shape[1] // layout.kv_heads
+    if balance is not None:
+        q = q * np.asarray(balance, np.float64).repeat(group, 0)
     for key, request, new in _requests(layout, pages, block_table, seq_lens, query_starts):
         position = request.before
         while position < request.length:

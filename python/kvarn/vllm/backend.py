@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
 
 import kvarn
+from kvarn.energy import Feedback
 
 from . import compat, refuse, spec
 
@@ -110,6 +111,8 @@ def _kernels():
 class KvarnLayer(AttentionImpl):
     """One layer: what it was built for. `forward` is the platform's."""
 
+    balances: ClassVar[bool]  # whether keys are divided by a balance, and queries multiplied
+
     def __init__(
         self,
         num_heads: int,
@@ -143,7 +146,7 @@ class KvarnLayer(AttentionImpl):
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.sinks = sinks  # a parameter of the model, [num_heads]: it has its values once weights are loaded
         self.encoder = refuse.encoder_of(get_current_vllm_config())
-        self.feedback: torch.Tensor | None = None  # once weights are loaded (feedback.py)
+        self.feedback: Feedback | None = None  # once weights are loaded (feedback.py)
 
     def repack(self, preset: str) -> type[KvarnBackend]:
         """Another preset than the one that this layer was built for, before it has a cache. Returns its backend."""

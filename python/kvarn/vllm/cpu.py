@@ -63,6 +63,8 @@ class Builder(AttentionMetadataBuilder[Metadata]):
 class Impl(KvarnLayer):
     """One layer."""
 
+    balances = True
+
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
     ) -> torch.Tensor:
@@ -72,13 +74,12 @@ class Impl(KvarnLayer):
         step = attn_metadata
         batch = (self.layout, self.pages_of(kv_cache), step.block_table, step.seq_lens, step.query_starts)
         n = step.num_tokens
-        options = {"workspace": step.workspace, "encoder": self.encoder, "feedback": self.feedback}
-        replaced = kvarn.append(*batch, key[:n], value[:n], **options)
+        matrix, balance = self.feedback or (None, None)
+        options = {"workspace": step.workspace, "balance": balance}
+        replaced = kvarn.append(*batch, key[:n], value[:n], encoder=self.encoder, feedback=matrix, **options)
         if replaced:
             warn_replaced(replaced)
-        kvarn.attend(
-            *batch, query[:n], scale=self.scale, soft_cap=self.soft_cap, out=output[:n], workspace=step.workspace
-        )
+        kvarn.attend(*batch, query[:n], scale=self.scale, soft_cap=self.soft_cap, out=output[:n], **options)
         return output
 
 

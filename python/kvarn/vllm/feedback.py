@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every packed layer's feedback, from how large the queries of the model are that has just been loaded (kvarn.energy).
+"""Every packed layer's feedback, from what the model that has just been loaded shows on fixed tokens (kvarn.energy).
 
-It is a buffer of the layer from before vLLM measures memory and captures graphs on, and never changes: vLLM saves
+It lies in buffers of the layer from before vLLM measures memory and captures graphs on, and never changes: vLLM saves
 buffers where a sleeping engine throws weights away.
 """
 
@@ -13,7 +13,6 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-import kvarn
 from kvarn import energy
 
 from . import refuse
@@ -32,10 +31,11 @@ def settle(model: torch.nn.Module, model_config) -> None:
     packed = [layer for layer in layers if isinstance(layer.impl, KvarnLayer)]
     begun = time.perf_counter()
     try:
-        found = _energies(model, layers, config)
+        found = _seen(model, layers, config)
         for layer in packed:
-            made = kvarn.feedback(found[layer]).to(next(model.parameters()).device)
-            layer.register_buffer("kvarn_feedback", made, persistent=False)
+            made = found[layer].feedback(layer.impl.balances).to(next(model.parameters()).device)
+            layer.register_buffer("kvarn_feedback", made.matrix, persistent=False)
+            layer.register_buffer("kvarn_balance", made.balance, persistent=False)
             layer.impl.feedback = made
         logger.info("kvarn: looked at the model's queries, for %.1f s", time.perf_counter() - begun)
     except Exception as error:  # the cache works without, only less precisely
@@ -48,22 +48,24 @@ def settle(model: torch.nn.Module, model_config) -> None:
         )
 
 
-def _energies(model, layers: list[Attention], config) -> dict[Attention, torch.Tensor]:
+def _seen(model, layers: list[Attention], config) -> dict[Attention, energy.Seen]:
     """The model runs on the fixed tokens, as kvarn.energy has it, uncompiled."""
     if config.parallel_config.pipeline_parallel_size > 1:
         raise NotImplementedError("pipeline parallelism")
-    found: dict[Attention, torch.Tensor] = {}
+    found: dict[Attention, energy.Seen] = {}
 
     def in_place_of(layer):
         """The layer's forward: neither its kernels nor the memory that they keep for good are needed."""
 
         def forward(query, key, value, output_shape=None, output_dtype=None):
             q = query.view(-1, layer.num_heads, layer.head_size)
-            found[layer] = energy.of_queries(q, layer.num_kv_heads)
             shape = output_shape or (len(q), layer.num_heads * layer.head_size_v)
-            if isinstance(layer.impl, KvarnLayer) or key is None:  # None: it shares an earlier layer's
+            if key is None:  # it shares an earlier layer's
                 return query.new_zeros(shape, dtype=output_dtype)
             k = key.view(-1, layer.num_kv_heads, layer.head_size)
+            if isinstance(layer.impl, KvarnLayer):
+                found[layer] = energy.Seen.of(q, k)
+                return query.new_zeros(shape, dtype=output_dtype)
             v = value.view(-1, layer.num_kv_heads, layer.head_size_v)
             sinks, soft_cap = getattr(layer.impl, "sinks", None), getattr(layer.impl, "logits_soft_cap", None)
             given = energy.attention(q, k, v, layer.impl.scale, layer.sliding_window, sinks, soft_cap)

@@ -82,6 +82,8 @@ class Builder(AttentionMetadataBuilder[Metadata]):
 class Impl(KvarnLayer):
     """One layer."""
 
+    balances = False  # two more kernels a layer, until append and attend do it themselves
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.memory: memory.Memory | None = None
@@ -109,7 +111,7 @@ class Impl(KvarnLayer):
         pages = self.pages_of(kv_cache)
         kvarn.append(
             self.layout, pages, None, None, None, key[:n], value[:n], encoder=self.encoder, plan=step.append,
-            feedback=self.feedback, replaced=step.replaced,
+            feedback=self.feedback and self.feedback.matrix, replaced=step.replaced,
         )  # fmt: skip
         options = {"scale": self.scale, "soft_cap": self.soft_cap}
         # Prompts first. Attention that follows an append directly reads packed tiles before that append has ended,

@@ -1,0 +1,94 @@
+"""append and attend with a balance: what they do on keys divided and queries multiplied, exactly; kvarn.energy."""
+
+import kvarn
+import numpy as np
+import pytest
+import torch
+from cases import Step, assert_same_pages, disjoint_tables, hashed, pool
+from kvarn import energy, reference
+
+LAYOUT = kvarn.Layout("kvarn_k2v2_g128", head_dim=64, kv_heads=2)
+TOKENS, GROUP = 300, 3
+BALANCE = np.exp2(np.clip(np.round(hashed((2, 64), 5)), -2, 2)).astype(np.float32)
+
+
+def step(balance=None, divide=1.0, multiply=1.0, dtype=torch.float32, device="cpu"):
+    """Pages after one step of 300 tokens, and attention of it."""
+    tables, count = disjoint_tables(LAYOUT, [TOKENS])
+    pages, its = pool(LAYOUT, count), Step.of(tables, [TOKENS], [TOKENS])
+    k, v = (torch.from_numpy(hashed((TOKENS, 2, 64), seed)).to(device, dtype) for seed in (1, 2))
+    q = torch.from_numpy(hashed((TOKENS, 2 * GROUP, 64), 3)).to(device, dtype)
+    batch = [torch.from_numpy(np.asarray(x)).to(device) for x in (pages, *its)]
+    kvarn.append(LAYOUT, *batch, k / divide, v, balance=balance)
+    out = kvarn.attend(LAYOUT, *batch, q * multiply, scale=0.125, balance=balance)
+    return batch[0], out
+
+
+def assert_as_by_hand(dtype, device):
+    """Keys divided and queries multiplied before."""
+    how = {"dtype": dtype, "device": device}
+    balance = torch.from_numpy(BALANCE).to(device)
+    by_hand = step(divide=balance.to(dtype), multiply=balance.to(dtype).repeat_interleave(GROUP, 0), **how)
+    for ours, theirs in zip(step(balance, **how), by_hand, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_it_divides_keys_and_multiplies_queries(dtype):
+    assert_as_by_hand(dtype, "cpu")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    if missing := kvarn.cuda_missing():
+        pytest.skip(missing)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert_as_by_hand(dtype, "cuda")
+
+
+def test_arrays_tensors_and_the_reference_alike():
+    tables, count = disjoint_tables(LAYOUT, [TOKENS])
+    k, v, q = (hashed((TOKENS, heads, 64), seed) for heads, seed in ((2, 1), (2, 2), (2 * GROUP, 3)))
+    found = []
+    for verbs, layout in ((kvarn, LAYOUT), (reference, reference.Layout("kvarn_k2v2_g128", 64, 2))):
+        pages, its = pool(LAYOUT, count), Step.of(tables, [TOKENS], [TOKENS])
+        verbs.append(layout, pages, *its, k, v, balance=BALANCE)
+        found.append((pages, verbs.attend(layout, pages, *its, q, scale=0.125, balance=BALANCE)))
+    ours, theirs = found
+    assert_same_pages(LAYOUT, ours[0], theirs[0], "numpy")
+    assert np.linalg.norm(ours[1] - theirs[1]) < 1e-3 * np.linalg.norm(theirs[1])
+    pages, out = step(torch.from_numpy(BALANCE))
+    assert (pages.numpy() == ours[0]).all() and (out.numpy() == ours[1]).all()
+
+
+def test_products_do_not_change():
+    """The first tile is raw: f16 of other magnitudes, rotated, is all that differs."""
+    ours, plain = step(torch.from_numpy(BALANCE))[1][:128], step()[1][:128]
+    assert (ours - plain).norm() < 5e-3 * plain.norm()
+
+
+def test_another_shape_is_refused():
+    for wrong in (torch.ones(64), torch.ones(2, 128), torch.ones(3, 64)):
+        with pytest.raises(ValueError, match=r"balance has shape .*; it must be \[2, 64\], as the keys"):
+            step(wrong)
+
+
+def test_it_is_how_far_keys_deviate():
+    deviation = torch.tensor([1.0, 4.0, 0.25, 64.0]).repeat(16)
+    keys = torch.tensor([-1.0, 1.0]).repeat(256)[:, None, None] * deviation.expand(2, 64)
+    keys[:, :, 0] += 1024  # a large mean, which the record takes in: a 64th of it counts
+    keys[:, :, 2] = 0
+    found = energy.of_keys(keys)
+    assert torch.equal(found, found.log2().round().exp2())
+    ratios = found / found[:, 1:2]
+    assert (ratios[:, 4:] * 4 == deviation[4:]).all() and (ratios[:, 0] == 4).all()
+    assert (ratios[:, 2] == 2.0**-6).all(), "2^-10 of the most, 64"
+
+
+def test_feedback_is_for_queries_as_they_are_multiplied():
+    draw = torch.Generator().manual_seed(4)
+    seen = energy.Seen.of(torch.randn(512, 6, 64, generator=draw), torch.randn(512, 2, 64, generator=draw))
+    both, plain = seen.feedback(), seen.feedback(balanced=False)
+    assert torch.equal(both.balance, seen.keys) and plain.balance is None
+    assert torch.equal(plain.matrix, kvarn.feedback(seen.queries))
+    assert torch.equal(both.matrix, kvarn.feedback(seen.queries * seen.keys.square()))
