@@ -9,12 +9,12 @@ from __future__ import annotations
 
 
 def divided(k, balance):
-    """k [tokens, kv_heads, head_dim] by balance [kv_heads, head_dim], in k's dtype; None: as it is."""
+    """k [tokens, kv_heads, head_dim] by balance [kv_heads, head_dim], in float32, which holds it exactly; None: k."""
     return k if balance is None or k.ndim != 3 else k / _of(balance, k, k.shape[1])
 
 
 def multiplied(q, balance, kv_heads: int):
-    """q [tokens, query_heads, head_dim], each query head by the balance of the KV head that it reads."""
+    """q [tokens, query_heads, head_dim], each query head by the balance of the KV head that it reads; likewise."""
     if balance is None or q.ndim != 3:
         return q
     its, group = _of(balance, q, kv_heads), q.shape[1] // kv_heads
@@ -24,4 +24,6 @@ def multiplied(q, balance, kv_heads: int):
 def _of(balance, x, kv_heads: int):
     if tuple(balance.shape) != (kv_heads, x.shape[2]):
         raise ValueError(f"balance has shape {list(balance.shape)}; it must be [{kv_heads}, {x.shape[2]}], as the keys")
-    return balance.to(x.dtype) if hasattr(balance, "detach") else balance.astype(x.dtype)
+    if "float32" not in str(balance.dtype):
+        raise TypeError(f"balance is {balance.dtype}; it must be float32")
+    return balance

@@ -110,6 +110,7 @@ def attend(
     sinks   None, or float32 [query_heads]: a logit per head that takes probability and has no value
     """
     if balance is not None:
+        out = _empty_like(q) if out is None else out
         q = _balance.multiplied(q, balance, _layout(layout).kv_heads)
     if cuda := _cuda(pages):
         _no_target(target)
@@ -210,7 +211,7 @@ def _empty_like(x):
         torch = None
     if torch is None or not isinstance(x, torch.Tensor):
         raise TypeError(f"expected a numpy array or a torch tensor, got {type(x).__name__}")
-    return torch.empty(x.shape, dtype=x.dtype)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _shape(name: str, x) -> tuple[int, ...]:

@@ -25,12 +25,25 @@ def step(balance=None, divide=1.0, multiply=1.0, dtype=torch.float32, device="cp
 
 
 def assert_as_by_hand(dtype, device):
-    """Keys divided and queries multiplied before."""
+    """Keys divided and queries multiplied before: exact in the rows' dtype, too, whose range is enough here."""
     how = {"dtype": dtype, "device": device}
     balance = torch.from_numpy(BALANCE).to(device)
     by_hand = step(divide=balance.to(dtype), multiply=balance.to(dtype).repeat_interleave(GROUP, 0), **how)
     for ours, theirs in zip(step(balance, **how), by_hand, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def test_the_range_of_the_rows_does_not_limit_it():
+    """Halves of which a 1,024th has no halves: divided in float32, they are not flushed to zero."""
+    k = torch.full((TOKENS, 2, 64), 2.0**-20).half()
+    tables, count = disjoint_tables(LAYOUT, [TOKENS])
+    found = []
+    for given, balance in ((k, torch.full((2, 64), 2.0**10)), (k.float() * 2.0**-10, None)):
+        pages, its = pool(LAYOUT, count), Step.of(tables, [TOKENS], [TOKENS])
+        batch = [torch.from_numpy(np.asarray(x)) for x in (pages, *its)]
+        kvarn.append(LAYOUT, *batch, given, given, balance=balance)
+        found.append(kvarn.expand(LAYOUT, *batch[:3])[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -71,6 +84,8 @@ def test_another_shape_is_refused():
     for wrong in (torch.ones(64), torch.ones(2, 128), torch.ones(3, 64)):
         with pytest.raises(ValueError, match=r"balance has shape .*; it must be \[2, 64\], as the keys"):
             step(wrong)
+    with pytest.raises(TypeError, match=r"balance is torch\.float64; it must be float32"):
+        step(torch.ones(2, 64, dtype=torch.float64))
 
 
 def test_it_is_how_far_keys_deviate():
