@@ -20,6 +20,8 @@ TOKENS = 512
 _TILE = 128
 # Channels that hardly deviate about a large mean are left as if they deviated by a 64th of it: raw tokens are f16.
 _OF_SIZE, _OF_MOST = 2.0**-12, 2.0**-20
+# Balances below are 1: what 512 random tokens say of a factor of 2 is no truer than that (docs/encoder-study.md).
+_LEAST = 4.0
 
 
 class Feedback(NamedTuple):
@@ -41,7 +43,7 @@ class Seen(NamedTuple):
     a model's arithmetic do not matter.
 
     queries  mean squares of the queries that read each KV head, after RoPE
-    keys     how far the keys deviate within 128 tokens, after RoPE: the balance
+    keys     how far the keys deviate within 128 tokens, after RoPE, where that is far from what most do: the balance
     """
 
     queries: torch.Tensor
@@ -74,13 +76,13 @@ def of_queries(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 
 def of_keys(key: torch.Tensor) -> torch.Tensor:
-    """See Seen; key [tokens, kv_heads, head_dim]. Their geometric mean is about 1, so that keys stay as large as they
-    are."""
+    """See Seen; key [tokens, kv_heads, head_dim]. Relative to the geometric mean of a head's channels."""
     tiles = key.detach().double().unflatten(0, (-1, _TILE))
     spread = tiles.var(1, correction=0).mean(0)
     spread = spread.maximum(tiles.square().mean((0, 1)) * _OF_SIZE)
     spread = spread.maximum(spread.amax(-1, keepdim=True) * _OF_MOST).clamp_min(2.0**-60)
-    return _power_of_two((spread / spread.log().mean(-1, keepdim=True).exp()).sqrt())
+    balance = _power_of_two((spread / spread.log().mean(-1, keepdim=True).exp()).sqrt())
+    return torch.where((balance >= _LEAST) | (balance <= 1 / _LEAST), balance, torch.ones_like(balance))
 
 
 def _power_of_two(x: torch.Tensor) -> torch.Tensor:

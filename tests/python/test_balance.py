@@ -100,6 +100,15 @@ def test_it_is_how_far_keys_deviate():
     assert (ratios[:, 2] == 2.0**-6).all(), "2^-10 of the most, 64"
 
 
+def test_what_hardly_differs_is_left_alone():
+    deviation = torch.ones(64)
+    deviation[:32], deviation[5] = 2, 64
+    found = energy.of_keys(torch.tensor([-1.0, 1.0]).repeat(256)[:, None, None] * deviation.expand(1, 64))
+    assert found[0, 5] == 32 or found[0, 5] == 64
+    found[0, 5] = 1
+    assert (found == 1).all()
+
+
 def test_feedback_is_for_queries_as_they_are_multiplied():
     draw = torch.Generator().manual_seed(4)
     seen = energy.Seen.of(torch.randn(512, 6, 64, generator=draw), torch.randn(512, 2, 64, generator=draw))
