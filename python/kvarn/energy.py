@@ -28,7 +28,7 @@ class Feedback(NamedTuple):
     """Of a layer, for append and attend.
 
     matrix   float32 [kv_heads, head_dim, head_dim], of kvarn.feedback: K's codes are rounded with it
-    balance  float32 [kv_heads, head_dim], or None: keys are divided and queries multiplied by it
+    balance  float32 [kv_heads, head_dim], or None: keys are divided and queries multiplied by it; None where all are 1
     """
 
     matrix: torch.Tensor
@@ -55,7 +55,7 @@ class Seen(NamedTuple):
         return cls(of_queries(query, key.shape[1]), of_keys(key))
 
     def feedback(self, balanced: bool = True) -> Feedback:
-        if not balanced:
+        if not balanced or (self.keys == 1).all():  # nothing to divide then, step after step
             return Feedback(feedback(self.queries), None)
         return Feedback(feedback(self.queries * self.keys.square()), self.keys)
 

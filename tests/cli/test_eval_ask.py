@@ -124,7 +124,10 @@ def test_command(net, data, tmp_path, monkeypatch):
     letters = {chr(code): code - 30 for code in range(32, 127)}
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token=" "))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    net.save_pretrained(tmp_path / "model")
+    uneven = copy.deepcopy(net)  # keys of which balance has something to divide
+    for layer in uneven.model.layers:
+        layer.self_attn.k_proj.weight.data[::8] *= 16
+    uneven.save_pretrained(tmp_path / "model")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="~", unk_token=" ")
     fast.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)

@@ -111,8 +111,12 @@ def test_what_hardly_differs_is_left_alone():
 
 def test_feedback_is_for_queries_as_they_are_multiplied():
     draw = torch.Generator().manual_seed(4)
-    seen = energy.Seen.of(torch.randn(512, 6, 64, generator=draw), torch.randn(512, 2, 64, generator=draw))
+    queries, keys = (torch.randn(512, heads, 64, generator=draw) for heads in (6, 2))
+    keys[..., 7] *= 16
+    seen = energy.Seen.of(queries, keys)
     both, plain = seen.feedback(), seen.feedback(balanced=False)
     assert torch.equal(both.balance, seen.keys) and plain.balance is None
     assert torch.equal(plain.matrix, kvarn.feedback(seen.queries))
     assert torch.equal(both.matrix, kvarn.feedback(seen.queries * seen.keys.square()))
+    even = energy.Seen(seen.queries, torch.ones(2, 64))
+    assert even.feedback().balance is None and torch.equal(even.feedback().matrix, plain.matrix)

@@ -15,8 +15,8 @@ from kvarn.cli.eval_run import folder, load, progress
 from kvarn.cli.model_config import full_layers
 from kvarn.eval import layers, results, statistics
 from kvarn.eval.attention import Past
-from kvarn.eval.caches import Layered, Packed
-from kvarn.eval.rows import OWN_LAYERS
+from kvarn.eval.caches import Packed
+from kvarn.eval.rows import own_layers
 from kvarn.eval.run import FIRST_SCORED, Runner
 from kvarn.layer_numbers import as_option
 
@@ -44,9 +44,9 @@ def layers_run(path, text, name, presets, budget, contexts, check, length, devic
     }
     choice = {"kv_cache_dtype": smallest, "kvarn_layers": option}
     told = results.about(facts) | {"losses": found} | choice | {"rows": []}
-    own = Layered({layer: caches[preset] for layer, preset in chosen.items()}, caches[smallest])
-    mean = sum(bits[preset] for preset in chosen.values()) / len(chosen)
-    rows = [(preset, bits[preset], cache) for preset, cache in caches.items()] + [(OWN_LAYERS, mean, own)]
+    own = own_layers(facts["head_dim"], facts["kv_heads"], packed, smallest, option, model.feedback())
+    rows = [(preset, bits[preset], cache) for preset, cache in caches.items()]
+    rows.append((own.name, own.bits_per_value, own.cache))
     with progress(len(rows) * check) as advance:
         for row, size, cache in rows:
             summary = statistics.summary(checking.run(cache, lambda row=row: advance(row)))
