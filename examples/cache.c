@@ -51,10 +51,12 @@ int main(void) {
     const kvarn_rows v_rows = {v + first * kv, KVARN_FLOAT32, count, kKvHeads, kv, kHeadDim};
     const kvarn_rows q_rows = {q + first * qv, KVARN_FLOAT32, count, kQueryHeads, qv, kHeadDim};
     const kvarn_rows_out out_rows = {out + first * qv, KVARN_FLOAT32, count, kQueryHeads, qv, kHeadDim};
-    if (!check(kvarn_append(&layout, &pages, &batch, &k_rows, &v_rows, KVARN_WEIGHTED, NULL, &workspace, NULL, NULL),
-               "append"))
+    if (!check(
+            kvarn_append(&layout, &pages, &batch, &k_rows, &v_rows, KVARN_WEIGHTED, NULL, NULL, &workspace, NULL, NULL),
+            "append"))
       return 1;
-    if (!check(kvarn_attend(&layout, &pages, &batch, &q_rows, &out_rows, 0.0884f, 0.0f, &workspace, NULL), "attend"))
+    if (!check(kvarn_attend(&layout, &pages, &batch, &q_rows, &out_rows, 0.0884f, 0.0f, NULL, &workspace, NULL),
+               "attend"))
       return 1;
   }
   for (int64_t i = 0; i < (int64_t)total * kQueryHeads * kHeadDim; ++i)

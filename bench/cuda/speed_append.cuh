@@ -63,8 +63,8 @@ class HostCache {
     const kvarn_batch batch{requests_, width_, width_, table_.data(), lengths.data(), query_starts.data()};
     const kvarn_rows k_rows{k.data(), KVARN_BFLOAT16, tokens, heads, heads * head_dim, head_dim};
     const kvarn_rows v_rows{v.data(), KVARN_BFLOAT16, tokens, heads, heads * head_dim, head_dim};
-    check(kvarn_append(&layout_, &pages_, &batch, &k_rows, &v_rows, KVARN_WEIGHTED, feedback, &workspace, nullptr,
-                       nullptr),
+    check(kvarn_append(&layout_, &pages_, &batch, &k_rows, &v_rows, KVARN_WEIGHTED, feedback, nullptr, &workspace,
+                       nullptr, nullptr),
           "kvarn_append");
   }
 
@@ -121,7 +121,7 @@ inline void append_checked(Bench& bench, const char* preset, int head_dim, int k
   const float* feedback = c.feed ? on_device.data() : nullptr;
   const auto launch = [&](cudaStream_t stream, int layer) {
     const kvarn_pages pages = step.pages(layer);
-    check(kvarn_cuda_append(&layout, &pages, &device_step, &k_rows, &v_rows, KVARN_WEIGHTED, feedback, nullptr,
+    check(kvarn_cuda_append(&layout, &pages, &device_step, &k_rows, &v_rows, KVARN_WEIGHTED, feedback, nullptr, nullptr,
                             &workspace, stream),
           "append");
   };

@@ -37,7 +37,7 @@ struct Attention {
         q(step.tokens(), s.query_heads, s.head_dim, dtype, 5),
         out(step.tokens(), s.query_heads, s.head_dim, dtype),
         q_rows(q.in()),
-        options{1 / std::sqrt(static_cast<float>(s.head_dim)), 0, 0, nullptr},
+        options{1 / std::sqrt(static_cast<float>(s.head_dim)), 0, 0, nullptr, nullptr},
         query_heads(s.query_heads) {
     step.fill(1);
   }
@@ -129,7 +129,7 @@ inline void decode_step(Bench& bench, const Shape& s, size_t weights = 0) {
         read_weights(stream, layer);
         const kvarn_pages pages = a.step.pages(layer);
         check(kvarn_cuda_append(&a.layout, &pages, &a.device_step, &k_rows, &v_rows, KVARN_WEIGHTED, nullptr, nullptr,
-                                &a.workspace, stream),
+                                nullptr, &a.workspace, stream),
               "append");
         a.attend(stream, layer);
       }

@@ -57,7 +57,7 @@ inline void prefill(Bench& bench, const Shape& s) {
     for (int layer = 0; layer < step.layers(); ++layer) {
       const kvarn_pages pages = step.pages(layer);
       check(kvarn_cuda_append(&layout, &pages, &device_step, &k_rows, &v_rows, KVARN_WEIGHTED, nullptr, nullptr,
-                              &workspace, nullptr),
+                              nullptr, &workspace, nullptr),
             "append");
     }
     const int32_t sequences = own + 2, width = tiles + 1, room = tiles + own;

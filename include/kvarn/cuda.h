@@ -55,6 +55,7 @@ typedef struct kvarn_cuda_attention {
   float soft_cap;     /* 0 (off) or > 0: score = soft_cap * tanh(score / soft_cap) */
   int32_t window;     /* 0 (off), or how many tokens a row sees, its own included. The plan's window must be the same */
   const float* sinks; /* NULL, or [query_heads] in device memory: a logit per head that takes probability, no value */
+  const float* balance; /* what kvarn_cuda_append of these pages had */
 } kvarn_cuda_attention;
 
 /* 1 if this build has CUDA kernels and a usable device is present; otherwise 0, and kvarn_last_error() says why. */
@@ -74,10 +75,12 @@ kvarn_status kvarn_cuda_plan(const kvarn_layout* layout, const kvarn_cuda_step* 
 /* Rotates the step's k and v, writes them raw, and packs every tile that completed.
  * k, v      [step.tokens][kv_heads][head_dim] in device memory, any dtype each
  * feedback  NULL, or float [kv_heads][head_dim][head_dim] in device memory, 16-byte aligned (see kvarn_append)
+ * balance   NULL, or float [kv_heads][head_dim] in device memory, 16-byte aligned, powers of two (see kvarn_append)
  * replaced  NULL, or a counter in device memory to which the number of replaced elements is added (see kvarn_append) */
 kvarn_status kvarn_cuda_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_cuda_step* step,
                                const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder, const float* feedback,
-                               int64_t* replaced, const kvarn_cuda_workspace* workspace, kvarn_cuda_stream stream);
+                               const float* balance, int64_t* replaced, const kvarn_cuda_workspace* workspace,
+                               kvarn_cuda_stream stream);
 
 /* out[t][h] = softmax over the request's tokens 0 .. position(t), times v; see kvarn_attend. Rows of requests that take
  * no part become zeros. q, out [step.tokens][query_heads][head_dim], float16, bfloat16 or float32. */

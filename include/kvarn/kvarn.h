@@ -152,25 +152,29 @@ kvarn_status kvarn_workspace_bytes(const kvarn_layout* layout, int64_t tokens, i
  * feedback  NULL, or float [kv_heads][head_dim][head_dim] (KVARN_WEIGHTED only): K is rounded for the queries that will
  *           read it (section 6). Of a head's matrix what is above the diagonal counts, and any bits are allowed.
  *           Records depend on it: give a cache the same one for its whole life
- * replaced  NULL, or where the number of replaced elements is stored: NaN becomes 0, and magnitudes above 65504
- *           (infinities too) become 65504 with their sign, so that nothing non-finite enters a page
- * Errors    before any write; BAD_PAGE_INDEX when a page that is needed lies outside the pool
+ * balance   NULL, or float [kv_heads][head_dim], powers of two: k is divided by it, exactly. kvarn_attend of these
+ * pages must have the same one, which multiplies q: no product changes, but K's steps do (section 2) replaced  NULL, or
+ * where the number of replaced elements is stored: NaN becomes 0, and magnitudes above 65504 (infinities too) become
+ * 65504 with their sign, so that nothing non-finite enters a page Errors    before any write; BAD_PAGE_INDEX when a
+ * page that is needed lies outside the pool
  */
 kvarn_status kvarn_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch,
                           const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder, const float* feedback,
-                          const kvarn_workspace* workspace, const kvarn_options* options, int64_t* replaced);
+                          const float* balance, const kvarn_workspace* workspace, const kvarn_options* options,
+                          int64_t* replaced);
 
 /* out[t][h] = softmax over the request's tokens 0 .. position(t) of (soft_cap'd) scale * q.k, times v.
  * A row in tile i reads tiles 0 .. i-1 packed and tile i raw. Query head h reads KV head h / (heads / kv_heads).
  *
  * q, out    [query_starts[requests]][heads][head_dim]; heads a multiple of kv_heads, at most 64 per KV head
  * scale     finite;  soft_cap 0 (off) or > 0: score = soft_cap * tanh(score / soft_cap)
+ * balance   what kvarn_append of these pages had
  * Errors    before any write; WORKSPACE_STALE when a prompt's rows need raw tiles that only the workspace of this
  *           step's append holds, and `workspace` is not that one
  */
 kvarn_status kvarn_attend(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch,
                           const kvarn_rows* q, const kvarn_rows_out* out, float scale, float soft_cap,
-                          const kvarn_workspace* workspace, const kvarn_options* options);
+                          const float* balance, const kvarn_workspace* workspace, const kvarn_options* options);
 
 /* The complete tiles of each request, dequantized in the rotated basis, one request after the other.
  * k, v      [sum over r of G * floor(seq_lens[r] / G)][kv_heads][head_dim]

@@ -93,14 +93,16 @@ struct Scores {
 inline Status append(const Layout& layout, const kvarn_pages& pages, const kvarn_batch& batch, const kvarn_rows& k,
                      const kvarn_rows& v, const kvarn_workspace& workspace, kvarn_encoder encoder = KVARN_WEIGHTED,
                      const kvarn_options* options = nullptr, int64_t* replaced = nullptr,
-                     const float* feedback = nullptr) {
-  return Status(kvarn_append(&layout, &pages, &batch, &k, &v, encoder, feedback, &workspace, options, replaced));
+                     const float* feedback = nullptr, const float* balance = nullptr) {
+  return Status(
+      kvarn_append(&layout, &pages, &batch, &k, &v, encoder, feedback, balance, &workspace, options, replaced));
 }
 
 inline Status attend(const Layout& layout, const kvarn_pages& pages, const kvarn_batch& batch, const kvarn_rows& q,
                      const kvarn_rows_out& out, Scores scores, const kvarn_workspace& workspace,
-                     const kvarn_options* options = nullptr) {
-  return Status(kvarn_attend(&layout, &pages, &batch, &q, &out, scores.scale, scores.soft_cap, &workspace, options));
+                     const kvarn_options* options = nullptr, const float* balance = nullptr) {
+  return Status(
+      kvarn_attend(&layout, &pages, &batch, &q, &out, scores.scale, scores.soft_cap, balance, &workspace, options));
 }
 
 inline Status expand(const Layout& layout, const kvarn_pages& pages, const kvarn_batch& batch, const kvarn_rows_out& k,

@@ -101,7 +101,7 @@ void plan(const kvarn_layout& layout, const Step& step, int32_t query_heads, int
 }
 
 void append(const kvarn_layout& layout, const Pages& pages, const Step& step, const Rows& k, const Rows& v,
-            const std::string& encoder, Address feedback, Address replaced, const Workspace& workspace,
+            const std::string& encoder, Address feedback, Address balance, Address replaced, const Workspace& workspace,
             const Queue& queue) {
   if (encoder != "weighted" && encoder != "varnorm")
     throw nb::value_error(("encoder \"" + encoder + "\" is unknown; allowed: weighted, varnorm").c_str());
@@ -111,17 +111,18 @@ void append(const kvarn_layout& layout, const Pages& pages, const Step& step, co
   const kvarn_cuda_workspace space = workspace_of(workspace);
   check(kvarn_cuda_append(&layout, &pool, &this_step, &k_rows, &v_rows,
                           encoder == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED, pointer<const float>(feedback),
-                          pointer<int64_t>(replaced), &space, stream_of(queue)));
+                          pointer<const float>(balance), pointer<int64_t>(replaced), &space, stream_of(queue)));
 }
 
 void attend(const kvarn_layout& layout, const Pages& pages, const Step& step, const Rows& q, const Rows& result,
-            float scale, float soft_cap, int32_t window, Address sinks, const Workspace& workspace,
+            float scale, float soft_cap, int32_t window, Address sinks, Address balance, const Workspace& workspace,
             const Queue& queue) {
   const kvarn_pages pool = pages_of(pages);
   const kvarn_cuda_step this_step = step_of(step);
   const kvarn_rows q_rows = in(q);
   const kvarn_rows_out out_rows = out(result);
-  const kvarn_cuda_attention attention{scale, soft_cap, window, pointer<const float>(sinks)};
+  const kvarn_cuda_attention attention{scale, soft_cap, window, pointer<const float>(sinks),
+                                       pointer<const float>(balance)};
   const kvarn_cuda_workspace space = workspace_of(workspace);
   check(kvarn_cuda_attend(&layout, &pool, &this_step, &q_rows, &out_rows, &attention, &space, stream_of(queue)));
 }

@@ -9,6 +9,7 @@
 #include <omp.h>
 
 #include <atomic>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -125,21 +126,25 @@ kvarn_workspace workspace_of(const Array& workspace) {
   return {workspace.data(), static_cast<int64_t>(workspace.size())};
 }
 
-// float32 [kv_heads][head_dim][head_dim], contiguous
-const float* feedback_of(const ReadOnly& feedback, const kvarn_layout& layout) {
-  want_dimensions("feedback", feedback, 3);
-  if (feedback.dtype() != nb::dtype<float>()) throw nb::type_error("feedback must be float32");
-  const int64_t heads = layout.kv_heads, head_dim = layout.head_dim;
-  const auto size = [&](size_t i) { return static_cast<int64_t>(feedback.shape(i)); };
-  if (size(0) != heads || size(1) != head_dim || size(2) != head_dim)
-    throw nb::value_error(concatenate("feedback has shape ", shape_of(feedback), "; it must have [",
-                                      std::to_string(heads), ", ", std::to_string(head_dim), ", ",
-                                      std::to_string(head_dim), "]")
-                              .c_str());
-  if (feedback.stride(2) != 1 || feedback.stride(1) != head_dim ||
-      (heads > 1 && feedback.stride(0) != head_dim * head_dim))
-    throw nb::value_error("feedback must be contiguous");
-  return static_cast<const float*>(feedback.data());
+// float32 of that shape, contiguous
+const float* floats_of(const char* name, const std::optional<ReadOnly>& array, std::initializer_list<int64_t> shape) {
+  if (!array) return nullptr;
+  want_dimensions(name, *array, shape.size());
+  if (array->dtype() != nb::dtype<float>()) throw nb::type_error(concatenate(name, " must be float32").c_str());
+  std::string wanted;
+  bool same = true;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    const int64_t size = shape.begin()[i];
+    same = same && static_cast<int64_t>(array->shape(i)) == size;
+    wanted += (i ? ", " : "[") + std::to_string(size);
+  }
+  if (!same)
+    throw nb::value_error(concatenate(name, " has shape ", shape_of(*array), "; it must have ", wanted, "]").c_str());
+  int64_t step = 1;
+  for (size_t i = shape.size(); i-- > 0; step *= shape.begin()[i])
+    if (shape.begin()[i] > 1 && array->stride(i) != step)
+      throw nb::value_error(concatenate(name, " must be contiguous").c_str());
+  return static_cast<const float*>(array->data());
 }
 
 struct Options {
@@ -166,7 +171,7 @@ int64_t workspace_bytes(const kvarn_layout& layout, int64_t tokens, int64_t requ
 int64_t append(const kvarn_layout& layout, const Array& pages, const ReadOnly& block_table, const ReadOnly& seq_lens,
                const ReadOnly& query_starts, const ReadOnly& k, const ReadOnly& v, const Array& workspace,
                const std::string& encoder, const std::optional<std::string>& target,
-               const std::optional<ReadOnly>& feedback) {
+               const std::optional<ReadOnly>& feedback, const std::optional<ReadOnly>& balance) {
   if (encoder != "weighted" && encoder != "varnorm")
     throw nb::value_error(concatenate("encoder \"", encoder, "\" is unknown; allowed: weighted, varnorm").c_str());
   const kvarn_pages pool = pages_of(pages, layout);
@@ -176,13 +181,14 @@ int64_t append(const kvarn_layout& layout, const Array& pages, const ReadOnly& b
   const kvarn_workspace space = workspace_of(workspace);
   const Options options(target);
   const kvarn_encoder code = encoder == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED;
-  const float* matrices = feedback ? feedback_of(*feedback, layout) : nullptr;
+  const float* matrices = floats_of("feedback", feedback, {layout.kv_heads, layout.head_dim, layout.head_dim});
+  const float* divisors = floats_of("balance", balance, {layout.kv_heads, layout.head_dim});
   int64_t replaced = 0;
   kvarn_status status;
   {
     nb::gil_scoped_release release;
-    status =
-        kvarn_append(&layout, &pool, &batch, &k_rows, &v_rows, code, matrices, &space, &options.options, &replaced);
+    status = kvarn_append(&layout, &pool, &batch, &k_rows, &v_rows, code, matrices, divisors, &space, &options.options,
+                          &replaced);
   }
   check(status);
   return replaced;
@@ -190,9 +196,10 @@ int64_t append(const kvarn_layout& layout, const Array& pages, const ReadOnly& b
 
 void attend(const kvarn_layout& layout, const Array& pages, const ReadOnly& block_table, const ReadOnly& seq_lens,
             const ReadOnly& query_starts, const ReadOnly& q, const Array& out, float scale, float soft_cap,
-            const Array& workspace, const std::optional<std::string>& target) {
+            const Array& workspace, const std::optional<std::string>& target, const std::optional<ReadOnly>& balance) {
   const kvarn_pages pool = pages_of(pages, layout);
   const kvarn_batch batch = batch_of(block_table, seq_lens, &query_starts);
+  const float* factors = floats_of("balance", balance, {layout.kv_heads, layout.head_dim});
   const auto rows = rows_of<kvarn_rows>("q", q, layout.head_dim);
   const auto out_rows = rows_of<kvarn_rows_out>("out", out, layout.head_dim);
   const kvarn_workspace space = workspace_of(workspace);
@@ -200,7 +207,7 @@ void attend(const kvarn_layout& layout, const Array& pages, const ReadOnly& bloc
   kvarn_status status;
   {
     nb::gil_scoped_release release;
-    status = kvarn_attend(&layout, &pool, &batch, &rows, &out_rows, scale, soft_cap, &space, &options.options);
+    status = kvarn_attend(&layout, &pool, &batch, &rows, &out_rows, scale, soft_cap, factors, &space, &options.options);
   }
   check(status);
 }
@@ -296,9 +303,9 @@ NB_MODULE(_core, m) {
   m.def("workspace_bytes", workspace_bytes, "layout"_a, "tokens"_a, "requests"_a, "query_heads"_a, "max_seq_len"_a,
         "threads"_a.none());
   m.def("append", append, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "query_starts"_a, "k"_a, "v"_a,
-        "workspace"_a, "encoder"_a, "target"_a.none(), "feedback"_a.none());
+        "workspace"_a, "encoder"_a, "target"_a.none(), "feedback"_a.none(), "balance"_a.none());
   m.def("attend", attend, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "query_starts"_a, "q"_a, "out"_a,
-        "scale"_a, "soft_cap"_a, "workspace"_a, "target"_a.none());
+        "scale"_a, "soft_cap"_a, "workspace"_a, "target"_a.none(), "balance"_a.none());
   m.def("expand", expand, "layout"_a, "pages"_a, "block_table"_a, "seq_lens"_a, "k"_a, "v"_a, "workspace"_a,
         "target"_a.none());
   m.def("rotate", rotate, "x"_a, "out"_a, "target"_a.none());

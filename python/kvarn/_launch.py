@@ -26,9 +26,10 @@ def plan(core, workspace, limits, step, query_heads: int, window: int) -> None:
         _core.cuda_plan(core, step, query_heads, window, space(workspace, limits), queue(workspace.device))
 
 
-def append(core, workspace, limits, step, pages, k, v, encoder: str, feedback, replaced) -> None:
+def append(core, workspace, limits, step, pages, k, v, encoder: str, feedback, balance, replaced) -> None:
     device = workspace.device
-    matrices = 0 if feedback is None else feedback_of(core, feedback, device)
+    matrices = floats("feedback", feedback, [core.kv_heads, core.head_dim, core.head_dim], device)
+    divisors = floats("balance", balance, [core.kv_heads, core.head_dim], device)
     count = 0 if replaced is None else want("replaced", replaced, torch.int64, None, device).data_ptr()
     if replaced is not None and replaced.numel() < 1:
         raise ValueError("replaced has no element to count in")
@@ -36,15 +37,16 @@ def append(core, workspace, limits, step, pages, k, v, encoder: str, feedback, r
     memory = pool(core, pages, device), step
     with on(device):
         _core.cuda_append(
-            core, *memory, k_rows, v_rows, encoder, matrices, count, space(workspace, limits), queue(device)
+            core, *memory, k_rows, v_rows, encoder, matrices, divisors, count, space(workspace, limits), queue(device)
         )  # fmt: skip
 
 
-def attend(core, workspace, limits, step, pages, q, out, scale, soft_cap, window: int, sinks) -> None:
+def attend(core, workspace, limits, step, pages, q, out, scale, soft_cap, window: int, sinks, balance) -> None:
     device = workspace.device
     q_rows, out_rows = rows("q", q, core.head_dim, device), rows("out", out, core.head_dim, device)
     logits = 0 if sinks is None else vector("sinks", sinks, torch.float32, q.shape[1], device)
-    memory, options = (pool(core, pages, device), step), (scale, soft_cap, window, logits)
+    factors = floats("balance", balance, [core.kv_heads, core.head_dim], device)
+    memory, options = (pool(core, pages, device), step), (scale, soft_cap, window, logits, factors)
     with on(device):
         _core.cuda_attend(core, *memory, q_rows, out_rows, *options, space(workspace, limits), queue(device))
 
@@ -103,14 +105,16 @@ def vector(name: str, x, dtype, length: int, device) -> int:
     return x.data_ptr()
 
 
-def feedback_of(core, feedback, device) -> int:
-    want("feedback", feedback, torch.float32, 3, device)
-    shape = [core.kv_heads, core.head_dim, core.head_dim]
-    if list(feedback.shape) != shape:
-        raise ValueError(f"feedback has shape {list(feedback.shape)}; it must have {shape}")
-    if not feedback.is_contiguous():
-        raise ValueError("feedback must be contiguous")
-    return feedback.data_ptr()
+def floats(name: str, x, shape: list[int], device) -> int:
+    """0 if x is None."""
+    if x is None:
+        return 0
+    want(name, x, torch.float32, len(shape), device)
+    if list(x.shape) != shape:
+        raise ValueError(f"{name} has shape {list(x.shape)}; it must have {shape}")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    return x.data_ptr()
 
 
 def rows(name: str, x, head_dim: int, device) -> tuple:

@@ -134,26 +134,30 @@ def plan(
 
 
 def append(
-    layout, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, feedback, slots, plan_, replaced
-) -> None:
+    layout, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, feedback, balance, slots, plan_,
+    replaced,
+) -> None:  # fmt: skip
     """kvarn.append on CUDA tensors."""
     made = _plan_of(plan_, layout, block_table, seq_lens, query_starts, k, 0, 0, slots, workspace)
     space, table = made.workspace, made.block_table if block_table is None else block_table
     if torch.compiler.is_compiling():
         torch.ops.kvarn.append(
             pages, space.tensor, list(space.limits), layout.preset, layout.head_dim, layout.kv_heads, table,
-            made.seq_lens, made.query_starts, made.slots, made.max_query_len, k, v, encoder, feedback, replaced,
+            made.seq_lens, made.query_starts, made.slots, made.max_query_len, k, v, encoder, feedback, balance,
+            replaced,
         )  # fmt: skip
     else:
         _same_rows("k", k, made)
         _launch.append(
-            _core_of(layout), space.tensor, space.limits, made.step(table), pages, k, v, encoder, feedback, replaced
+            _core_of(layout), space.tensor, space.limits, made.step(table), pages, k, v, encoder, feedback, balance,
+            replaced,
         )  # fmt: skip
 
 
 def attend(
-    layout, pages, block_table, seq_lens, query_starts, q, scale, soft_cap, out, workspace, slots, window, sinks, plan_
-):
+    layout, pages, block_table, seq_lens, query_starts, q, scale, soft_cap, out, workspace, slots, window, sinks,
+    balance, plan_,
+):  # fmt: skip
     """kvarn.attend on CUDA tensors."""
     heads = q.shape[1] if q.dim() == 3 else 0
     made = _plan_of(plan_, layout, block_table, seq_lens, query_starts, q, heads, window, slots, workspace)
@@ -170,12 +174,13 @@ def attend(
         torch.ops.kvarn.attend(
             pages, space.tensor, list(space.limits), layout.preset, layout.head_dim, layout.kv_heads, table,
             made.seq_lens, made.query_starts, made.slots, made.max_query_len, q, out, scale, soft_cap, window, sinks,
+            balance,
         )  # fmt: skip
     else:
         _same_rows("q", q, made)
         _launch.attend(
             _core_of(layout), space.tensor, space.limits, made.step(table), pages, q, out, scale, soft_cap, window,
-            sinks,
+            sinks, balance,
         )  # fmt: skip
     return out
 

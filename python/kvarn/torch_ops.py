@@ -50,30 +50,30 @@ def plan(
 
 @_define(
     f"append(Tensor(a!) pages, Tensor(b!) workspace, int[] limits, {_LAYOUT}, {_STEP}, SymInt max_query_len, Tensor k, "
-    "Tensor v, str encoder, Tensor? feedback, Tensor(c!)? replaced) -> ()",
+    "Tensor v, str encoder, Tensor? feedback, Tensor? balance, Tensor(c!)? replaced) -> ()",
     _writes_only,
 )
 def append(
     pages, workspace, limits, preset, head_dim, kv_heads, block_table, seq_lens, query_starts, slots, max_query_len, k,
-    v, encoder, feedback, replaced,
+    v, encoder, feedback, balance, replaced,
 ):  # fmt: skip
     step = _launch.step(block_table, seq_lens, query_starts, slots, k.shape[0], max_query_len, workspace.device)
     core = _launch.core_layout(preset, head_dim, kv_heads)
-    _launch.append(core, workspace, limits, step, pages, k, v, encoder, feedback, replaced)
+    _launch.append(core, workspace, limits, step, pages, k, v, encoder, feedback, balance, replaced)
 
 
 @_define(
     f"attend(Tensor pages, Tensor(b!) workspace, int[] limits, {_LAYOUT}, {_STEP}, SymInt max_query_len, Tensor q, "
-    "Tensor(a!) out, float scale, float soft_cap, int window, Tensor? sinks) -> ()",
+    "Tensor(a!) out, float scale, float soft_cap, int window, Tensor? sinks, Tensor? balance) -> ()",
     _writes_only,
 )
 def attend(
     pages, workspace, limits, preset, head_dim, kv_heads, block_table, seq_lens, query_starts, slots, max_query_len, q,
-    out, scale, soft_cap, window, sinks,
+    out, scale, soft_cap, window, sinks, balance,
 ):  # fmt: skip
     step = _launch.step(block_table, seq_lens, query_starts, slots, q.shape[0], max_query_len, workspace.device)
     core = _launch.core_layout(preset, head_dim, kv_heads)
-    _launch.attend(core, workspace, limits, step, pages, q, out, scale, soft_cap, window, sinks)
+    _launch.attend(core, workspace, limits, step, pages, q, out, scale, soft_cap, window, sinks, balance)
 
 
 @_define(

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from kvarn import _balance, _core
+from kvarn import _core
 from kvarn.layout import Layout
 
 # Of append: the library's own, which is the default, and the published algorithm.
@@ -53,7 +53,8 @@ def append(
                for the queries that will read it ("weighted" only). Records depend on it: give a cache the same one for
                its whole life
     balance    None, or float32 [kv_heads, head_dim], powers of two, on the device of pages: k is divided by it, and
-               attend of these pages multiplies q by it, which is exact and changes no product. kvarn.energy finds it
+               attend of these pages multiplies q by it, which is exact and changes no product. Channels that deviate
+               alike are rounded in smaller steps (docs/encoder-study.md); kvarn.energy finds it
     Returns how many elements of k and v were replaced: NaN by 0, magnitudes above 65504 by 65504.
 
     On CUDA tensors, on torch's current stream and without waiting for it; returns None:
@@ -63,18 +64,19 @@ def append(
     slots      where there is no plan, see kvarn.plan
     replaced   None, or an int64 tensor whose first element the number of replaced elements is added to
     """
-    k = _balance.divided(k, balance)
     if cuda := _cuda(pages):
         _no_target(target)
         return cuda.append(
-            layout, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, feedback, slots, plan,
-            replaced,
+            layout, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, feedback, balance, slots,
+            plan, replaced,
         )  # fmt: skip
     _cuda_only(slots=slots, plan=plan, replaced=replaced)
     core = _layout(layout)
     if workspace is None:
         workspace = _default_workspace(core, block_table, seq_lens, k, 0)
-    return _core.append(core, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, target, feedback)
+    return _core.append(
+        core, pages, block_table, seq_lens, query_starts, k, v, workspace, encoder, target, feedback, balance
+    )
 
 
 def attend(
@@ -109,16 +111,13 @@ def attend(
     window  0 (off), or how many tokens a row sees, its own included; None: the plan's, or 0
     sinks   None, or float32 [query_heads]: a logit per head that takes probability and has no value
     """
-    if balance is not None:
-        out = _empty_like(q) if out is None else out
-        q = _balance.multiplied(q, balance, _layout(layout).kv_heads)
     if cuda := _cuda(pages):
         _no_target(target)
         if not hasattr(q, "dim"):
             raise TypeError(f"q is {type(q).__name__}; it must be a tensor on the device of pages")
         tables = block_table, seq_lens, query_starts
         return cuda.attend(
-            layout, pages, *tables, q, scale, soft_cap, out, workspace, slots, window, sinks, plan
+            layout, pages, *tables, q, scale, soft_cap, out, workspace, slots, window, sinks, balance, plan
         )  # fmt: skip
     _cuda_only(slots=slots, sinks=sinks, plan=plan, window=window or None)
     core = _layout(layout)
@@ -126,7 +125,7 @@ def attend(
         out = _empty_like(q)
     if workspace is None:
         workspace = _default_workspace(core, block_table, seq_lens, q, q.shape[1] if len(q.shape) == 3 else 0)
-    _core.attend(core, pages, block_table, seq_lens, query_starts, q, out, scale, soft_cap, workspace, target)
+    _core.attend(core, pages, block_table, seq_lens, query_starts, q, out, scale, soft_cap, workspace, target, balance)
     return out
 
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "api/check.hpp"
 
+#include <bit>
 #include <cstring>
 
 #include "api/error.hpp"
@@ -11,6 +12,11 @@ namespace {
 
 bool aligned(const void* pointer, uintptr_t to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; }
 long long wide(int64_t value) { return value; }
+// Positive and normal: dividing by it is exact.
+bool is_power_of_two(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  return (bits & 0x807fffffu) == 0 && bits >= 0x00800000u && bits < 0x7f800000u;
+}
 
 }  // namespace
 
@@ -119,6 +125,17 @@ kvarn_status check_encoder(kvarn_encoder encoder, const float* feedback, uintptr
   if (!aligned(feedback, alignment))
     return fail(KVARN_MISALIGNED, "feedback is at %p; it must be aligned to %d bytes",
                 static_cast<const void*>(feedback), static_cast<int>(alignment));
+  return KVARN_OK;
+}
+
+kvarn_status check_balance(const kvarn_layout& layout, const float* balance) {
+  if (!aligned(balance, alignof(float)))
+    return fail(KVARN_MISALIGNED, "balance is at %p; it must be aligned to its float elements",
+                static_cast<const void*>(balance));
+  for (int32_t i = 0; balance != nullptr && i < layout.kv_heads * layout.head_dim; ++i)
+    if (!is_power_of_two(balance[i]))
+      return fail(KVARN_BAD_ARGUMENT, "balance[%d][%d] is %g; allowed: powers of two, 2^-126 to 2^127",
+                  i / layout.head_dim, i % layout.head_dim, static_cast<double>(balance[i]));
   return KVARN_OK;
 }
 

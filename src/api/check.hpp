@@ -33,6 +33,8 @@ kvarn_status check_rows(const char* what, const Rows* rows, int64_t tokens, int6
 }
 // What append's verbs know of their encoder and feedback; `alignment` of the latter in bytes.
 kvarn_status check_encoder(kvarn_encoder encoder, const float* feedback, uintptr_t alignment);
+// On the host, where its values can be seen.
+kvarn_status check_balance(const kvarn_layout& layout, const float* balance);
 kvarn_status check_workspace(const kvarn_workspace* workspace, int64_t bytes);
 
 template <class First, class End>

@@ -74,12 +74,14 @@ extern "C" kvarn_status kvarn_cuda_plan(const kvarn_layout* layout, const kvarn_
 
 extern "C" kvarn_status kvarn_cuda_append(const kvarn_layout* layout, const kvarn_pages* pages,
                                           const kvarn_cuda_step* step, const kvarn_rows* k, const kvarn_rows* v,
-                                          kvarn_encoder encoder, const float* feedback, int64_t* replaced,
-                                          const kvarn_cuda_workspace* workspace, kvarn_cuda_stream stream) {
-  KVARN_TRY(cuda::check_append(layout, pages, step, k, v, encoder, feedback, replaced, workspace));
+                                          kvarn_encoder encoder, const float* feedback, const float* balance,
+                                          int64_t* replaced, const kvarn_cuda_workspace* workspace,
+                                          kvarn_cuda_stream stream) {
+  KVARN_TRY(cuda::check_append(layout, pages, step, k, v, encoder, feedback, balance, replaced, workspace));
   if (step->tokens == 0 || step->batch.requests == 0) return KVARN_OK;
-  return launch("append", *layout, *pages, *step, *workspace, stream,
-                [&](const cuda::Launch& all) { return cuda::append(all, *k, *v, encoder, feedback, replaced); });
+  return launch("append", *layout, *pages, *step, *workspace, stream, [&](const cuda::Launch& all) {
+    return cuda::append(all, *k, *v, encoder, feedback, balance, replaced);
+  });
 }
 
 extern "C" kvarn_status kvarn_cuda_attend(const kvarn_layout* layout, const kvarn_pages* pages,

@@ -95,6 +95,12 @@ kvarn_status check_pool(const kvarn_layout& layout, const kvarn_pages* pages, co
   return KVARN_OK;
 }
 
+kvarn_status check_balance(const float* balance) {
+  if (!aligned(balance, 16))
+    return fail(KVARN_MISALIGNED, "balance at %p is not 16-byte aligned", static_cast<const void*>(balance));
+  return KVARN_OK;
+}
+
 kvarn_status check_window(int32_t window) {
   if (window < 0) return fail(KVARN_BAD_ARGUMENT, "window is %d; allowed: 0 (off) or more", window);
   return KVARN_OK;
@@ -122,7 +128,7 @@ kvarn_status check_plan(const kvarn_layout* layout, const kvarn_cuda_step* step,
 
 kvarn_status check_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_cuda_step* step,
                           const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder, const float* feedback,
-                          const int64_t* replaced, const kvarn_cuda_workspace* workspace) {
+                          const float* balance, const int64_t* replaced, const kvarn_cuda_workspace* workspace) {
   KVARN_TRY(check_shape(layout));
   KVARN_TRY(check_memory(*layout, workspace));
   KVARN_TRY(check_step(step, workspace->limits));
@@ -130,6 +136,7 @@ kvarn_status check_append(const kvarn_layout* layout, const kvarn_pages* pages, 
   KVARN_TRY(check_encoder(encoder, feedback, 16));
   KVARN_TRY(check_rows("k", k, step->tokens, layout->kv_heads, layout->head_dim));
   KVARN_TRY(check_rows("v", v, step->tokens, layout->kv_heads, layout->head_dim));
+  KVARN_TRY(check_balance(balance));
   if (!aligned(replaced, 8)) return fail(KVARN_MISALIGNED, "replaced must be aligned to its int64 element");
   return KVARN_OK;
 }
@@ -152,6 +159,7 @@ kvarn_status check_attend(const kvarn_layout* layout, const kvarn_pages* pages, 
     return fail(KVARN_BAD_ARGUMENT, "scale %g, soft_cap %g; allowed: a finite scale, a soft_cap of 0 (off) or more",
                 static_cast<double>(attention->scale), static_cast<double>(attention->soft_cap));
   if (!aligned(attention->sinks, 4)) return fail(KVARN_MISALIGNED, "sinks must be aligned to its float elements");
+  KVARN_TRY(check_balance(attention->balance));
   return check_window(attention->window);
 }
 

@@ -12,7 +12,7 @@ kvarn_status check_plan(const kvarn_layout* layout, const kvarn_cuda_step* step,
                         const kvarn_cuda_workspace* workspace);
 kvarn_status check_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_cuda_step* step,
                           const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder, const float* feedback,
-                          const int64_t* replaced, const kvarn_cuda_workspace* workspace);
+                          const float* balance, const int64_t* replaced, const kvarn_cuda_workspace* workspace);
 kvarn_status check_attend(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_cuda_step* step,
                           const kvarn_rows* q, const kvarn_rows_out* out, const kvarn_cuda_attention* attention,
                           const kvarn_cuda_workspace* workspace);

@@ -90,11 +90,12 @@ extern "C" kvarn_status kvarn_workspace_bytes(const kvarn_layout* layout, int64_
 
 extern "C" kvarn_status kvarn_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch,
                                      const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder,
-                                     const float* feedback, const kvarn_workspace* workspace,
+                                     const float* feedback, const float* balance, const kvarn_workspace* workspace,
                                      const kvarn_options* options, int64_t* replaced) {
   const Kernels* kernels;
   KVARN_TRY(check_step(layout, pages, batch, options, &kernels));
   KVARN_TRY(check_encoder(encoder, feedback, alignof(float)));
+  KVARN_TRY(check_balance(*layout, balance));
   const Step step{*layout, *pages, *batch};
   KVARN_TRY(check_rows("k", k, step.tokens(), layout->kv_heads, layout->head_dim));
   KVARN_TRY(check_rows("v", v, step.tokens(), layout->kv_heads, layout->head_dim));
@@ -107,14 +108,15 @@ extern "C" kvarn_status kvarn_append(const kvarn_layout* layout, const kvarn_pag
       WorkspaceMap::make(*layout, step.tokens() + step.staged_tokens(), step.tokens(), batch->requests, threads, 0);
   KVARN_TRY(check_workspace(workspace, map.bytes));
   const Workspace space{static_cast<uint8_t*>(workspace->data), map, *layout};
-  const int64_t count = append(step, space, *kernels, executor_of(options), *k, *v, encoder, feedback);
+  const int64_t count = append(step, space, *kernels, executor_of(options), *k, *v, encoder, feedback, balance);
   if (replaced != nullptr) *replaced = count;
   return KVARN_OK;
 }
 
 extern "C" kvarn_status kvarn_attend(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch,
                                      const kvarn_rows* q, const kvarn_rows_out* out, float scale, float soft_cap,
-                                     const kvarn_workspace* workspace, const kvarn_options* options) {
+                                     const float* balance, const kvarn_workspace* workspace,
+                                     const kvarn_options* options) {
   const Kernels* kernels;
   KVARN_TRY(check_step(layout, pages, batch, options, &kernels));
   const Step step{*layout, *pages, *batch};
@@ -127,6 +129,7 @@ extern "C" kvarn_status kvarn_attend(const kvarn_layout* layout, const kvarn_pag
   if (!std::isfinite(scale) || !std::isfinite(soft_cap) || soft_cap < 0)
     return fail(KVARN_BAD_ARGUMENT, "scale %g, soft_cap %g; allowed: a finite scale, a soft_cap of 0 (off) or more",
                 static_cast<double>(scale), static_cast<double>(soft_cap));
+  KVARN_TRY(check_balance(*layout, balance));
   KVARN_TRY(check_entries(
       *pages, *batch, [](int32_t) { return int64_t{0}; },
       [&](int32_t r) { return step.queries(r) > 0 ? format::pages_of(*layout, step.length(r)) : 0; }));
@@ -143,7 +146,7 @@ extern "C" kvarn_status kvarn_attend(const kvarn_layout* layout, const kvarn_pag
                 "kvarn_append of the same "
                 "pages and batch filled last");
   plan = plan_attend(step, q->heads, threads, space.blocks());
-  attend(step, space, plan, *kernels, executor_of(options), *q, *out, scale, soft_cap);
+  attend(step, space, plan, *kernels, executor_of(options), *q, *out, scale, soft_cap, balance);
   return KVARN_OK;
 }
 

@@ -27,11 +27,12 @@ void write_section(const float* values, int count, uint8_t* record, int64_t offs
   for (int i = 0; i < count; ++i) out[i] = format::float_to_f16(values[i]);
 }
 
-int64_t rotate_raw(const void* in, kvarn_dtype dtype, int head_dim, uint16_t* out) {
+int64_t rotate_raw(const void* in, kvarn_dtype dtype, int head_dim, const float* balance, uint16_t* out) {
   float x[kD];
   int64_t replaced = 0;
   for (int d = 0; d < head_dim; ++d) {
     x[d] = codec::load(in, dtype, d);
+    if (balance != nullptr) x[d] /= balance[d];
     replaced += codec::sanitize(x[d]);
   }
   codec::rotate(x, head_dim);
@@ -53,8 +54,8 @@ void rotate(const void* in, kvarn_dtype in_dtype, int head_dim, void* out, kvarn
   store(x, head_dim, out, out_dtype);
 }
 
-bool load_query(const void* in, kvarn_dtype dtype, int head_dim, float factor, float* q) {
-  for (int d = 0; d < head_dim; ++d) q[d] = codec::load(in, dtype, d);
+bool load_query(const void* in, kvarn_dtype dtype, int head_dim, const float* balance, float factor, float* q) {
+  for (int d = 0; d < head_dim; ++d) q[d] = codec::load(in, dtype, d) * (balance != nullptr ? balance[d] : 1);
   codec::rotate(q, head_dim);
   bool finite = true;
   for (int d = 0; d < head_dim; ++d) {

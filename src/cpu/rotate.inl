@@ -35,11 +35,11 @@ static void rotate_vectors(F* x, int head_dim) {
   }
 }
 
-static int64_t rotate_raw(const void* in, kvarn_dtype dtype, int head_dim, uint16_t* out) {
+static int64_t rotate_raw(const void* in, kvarn_dtype dtype, int head_dim, const float* balance, uint16_t* out) {
   F x[16];
   int kept = 0;
   for (int i = 0; i < head_dim / 16; ++i) {
-    const F raw = load_any(in, dtype, 16 * i);
+    const F given = load_any(in, dtype, 16 * i), raw = balance != nullptr ? given / load(balance + 16 * i) : given;
     kept += count(less(abs(raw), set(65504.0039f)));  // the next float: |x| <= 65504
     x[i] = select(ordered(raw), f16_range(raw), set(0.0f));
   }
@@ -57,9 +57,12 @@ static void rotate(const void* in, kvarn_dtype in_dtype, int head_dim, void* out
   for (int i = 0; i < head_dim / 16; ++i) store_any(x[i], out, out_dtype, 16 * i);
 }
 
-static bool load_query(const void* in, kvarn_dtype dtype, int head_dim, float factor, float* q) {
+static bool load_query(const void* in, kvarn_dtype dtype, int head_dim, const float* balance, float factor, float* q) {
   F x[16];
-  for (int i = 0; i < head_dim / 16; ++i) x[i] = load_any(in, dtype, 16 * i);
+  for (int i = 0; i < head_dim / 16; ++i) {
+    x[i] = load_any(in, dtype, 16 * i);
+    if (balance != nullptr) x[i] = x[i] * load(balance + 16 * i);
+  }
   rotate_vectors(x, head_dim);
   int finite = 0;
   for (int i = 0; i < head_dim / 16; ++i) {

@@ -8,6 +8,6 @@ namespace kvarn::cuda {
 
 template <class Shape>
 cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
-                         const float* feedback, int64_t* replaced);
+                         const float* feedback, const float* balance, int64_t* replaced);
 
 }  // namespace kvarn::cuda

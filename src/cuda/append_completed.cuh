@@ -79,6 +79,7 @@ __device__ inline void gather(const AppendArguments& a, const Completed& c, int 
   const Places<Shape> places{a};
   const TilePlan& tile = c.tile;
   const Rows from = values ? a.v : a.k;
+  const float* balance = values ? nullptr : a.balance;
   const int older = c.older, rows = min(tile.rows, Shape::page_tokens - older);
   const int lane = threadIdx.x % kLanes, mine = threadIdx.x / kLanes;  // of a row's chunks; the first of the rows
   const bool has = has_chunk<Shape::head_dim>(lane), direct = from.aligned && from.dtype != KVARN_FLOAT32;
@@ -121,6 +122,7 @@ __device__ inline void gather(const AppendArguments& a, const Completed& c, int 
         widen_chunk(*keep, from.dtype, x);
       else
         load_chunk(from, element(row), x);
+      if (balance != nullptr) divide<Shape::head_dim>(x, balance, head, lane);
     }
     const uint4 chunk = rotate_raw<Shape::head_dim>(x, lane, replaced);
     if (valid) *keep = placed(chunk);

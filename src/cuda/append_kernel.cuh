@@ -98,7 +98,7 @@ cudaError_t launch_append(const AppendArguments& a, int64_t completed, int64_t m
 
 template <class Shape>
 cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
-                         const float* feedback, int64_t* replaced) {
+                         const float* feedback, const float* balance, int64_t* replaced) {
   const kvarn_cuda_step& step = launch.step;
   const int32_t heads = launch.layout.kv_heads, requests = step.batch.requests;
   if (requests == 0 || step.tokens == 0 || step.max_query_len == 0) return cudaSuccess;
@@ -116,6 +116,7 @@ cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_
                           make_rows(k),
                           make_rows(v),
                           feedback,
+                          balance,
                           reinterpret_cast<unsigned long long*>(replaced),
                           2 * heads * std::min(step.max_query_len, Shape::page_tokens - 1)};
   // A request can have to stage only if n + 1 rows lie behind the edge of a tile that it was in.

@@ -32,6 +32,7 @@ struct AppendArguments {
   int32_t requests, kv_heads;
   Rows k, v;
   const float* feedback;  // null, or [head][channel][channel]
+  const float* balance;   // null, or [head][channel], powers of two
   unsigned long long* replaced;
   int32_t tail_vectors;  // of a request, at most
 };
@@ -58,6 +59,16 @@ struct Places {
     return a.plan.raw + (array * Shape::page_tokens + offset) * Shape::head_dim;
   }
 };
+
+// Divides a lane's chunk of a key by its part of the balance, exactly: the inverse of a power of two is one.
+template <int kHeadDim>
+__device__ inline void divide(float (&x)[kChunk], const float* balance, int head, int lane) {
+  const float4* from = reinterpret_cast<const float4*>(balance + head * kHeadDim + kChunk * lane);
+  const float4 a = __ldg(from), b = __ldg(from + 1);
+  const float by[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) x[i] = __fmul_rn(x[i], __frcp_rn(by[i]));
+}
 
 // Rotates a vector of the caller, in the lanes' chunks, to what is written raw. All 32 lanes of the warp take part,
 // those without a chunk with zeros. Counts the elements that it replaces.

@@ -55,6 +55,7 @@ __device__ inline void write_tails(const AppendArguments& a) {
     float x[kChunk] = {};
     int replaced = 0;
     if (mine) load_chunk(from, token * from.token_stride + head * from.head_stride + kChunk * lane, x);
+    if (mine && !values && a.balance != nullptr) divide<Shape::head_dim>(x, a.balance, head, lane);
     const uint4 chunk = rotate_raw<Shape::head_dim>(x, lane, replaced);
     if (mine) reinterpret_cast<uint4*>(to)[lane] = chunk;
     count_replaced(a, replaced);

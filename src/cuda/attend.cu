@@ -51,6 +51,7 @@ cudaError_t attend(const Launch& launch, const kvarn_rows& q, const kvarn_rows_o
   p.q = q;
   p.out = out;
   p.sinks = attention.sinks;
+  p.balance = attention.balance;
   p.heads = layout.kv_heads;
   p.group = static_cast<int32_t>(q.heads) / layout.kv_heads;
   p.window = attention.window;

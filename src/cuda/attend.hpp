@@ -29,7 +29,7 @@ struct AttendParameters {
   kvarn_rows q;
   kvarn_rows_out out;
   const int32_t* query_starts;
-  const float* sinks;
+  const float *sinks, *balance;  // of query heads; of KV heads' channels
   int32_t requests, tokens, heads, group, window, max_parts;
   float factor, cap, cap_inverse;  // scale and soft cap in log2 units; 2 log2(e) / cap
   Division in;

@@ -82,6 +82,14 @@ __device__ __noinline__ void prepare_queries(RoomOf<S> room, Target b, int head,
     load_queries<S, uint32_t>(p, b, head, first, lane, x);
   else
     load_queries<S, uint16_t>(p, b, head, first, lane, x);
+  if (p.balance != nullptr) {
+#pragma unroll
+    for (int k = 0; k < S::head_dim / 32; ++k) {
+      const float by = __ldg(p.balance + head * S::head_dim + 32 * k + lane);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) x[c][k] *= by;
+    }
+  }
   rotate_over_warp<S::head_dim>(x, lane);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c)

@@ -24,7 +24,7 @@ struct Launch {
 
 cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window);
 cudaError_t append(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
-                   const float* feedback, int64_t* replaced);
+                   const float* feedback, const float* balance, int64_t* replaced);
 cudaError_t attend(const Launch& launch, const kvarn_rows& q, const kvarn_rows_out& out,
                    const kvarn_cuda_attention& attention);
 cudaError_t expand(const kvarn_layout& layout, const kvarn_pages& pages, const kvarn_batch& batch,

@@ -23,8 +23,9 @@ struct Counts {
 __device__ RequestPlan request_of(const PlanInputs& in, int32_t r) {
   const int32_t length = in.batch.seq_lens[r], first = in.batch.query_starts[r], end = in.batch.query_starts[r + 1];
   const bool ordered = r == 0 || in.batch.query_starts[r - 1] <= first;  // else its rows may be another's
-  const bool valid = ordered && length > 0 && length <= in.max_seq_len && first >= 0 && end > first && end <= in.tokens &&
-                     end - first <= length && format::pages_of(in.layout, length) <= in.batch.table_width &&
+  const bool valid = ordered && length > 0 && length <= in.max_seq_len && first >= 0 && end > first &&
+                     end <= in.tokens && end - first <= length &&
+                     format::pages_of(in.layout, length) <= in.batch.table_width &&
                      (in.slots == nullptr || in.slots[first] >= 0);
   return valid ? RequestPlan{length, end - first, first, 0, 0, 0} : RequestPlan{};
 }
@@ -107,8 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
   total = {min(total.tiles, in.max_tiles), min(total.raw, in.max_raw_tiles), min(total.blocks, in.max_blocks)};
 
   for (int32_t i = thread; i < total.tiles; i += kThreads) {
-    const int32_t request =
-        last_at_most(requests, i, [&](int32_t r) { return plan.requests[r].first_tile; });
+    const int32_t request = last_at_most(requests, i, [&](int32_t r) { return plan.requests[r].first_tile; });
     const RequestPlan r = plan.requests[request];
     const int32_t start = r.length - r.queries, index = i - r.first_tile, tile = start / page_tokens + index;
     const int32_t first = max(start, tile * page_tokens), end = min(r.length, (tile + 1) * page_tokens);
@@ -125,8 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
     BlockPlan b{};
     Costs mine{};
     if (i < total.blocks) {
-      const int32_t request =
-          last_at_most(requests, i, [&](int32_t r) { return plan.requests[r].first_block; });
+      const int32_t request = last_at_most(requests, i, [&](int32_t r) { return plan.requests[r].first_block; });
       const RequestPlan r = plan.requests[request];
       b = block_of(in, r, request, i - r.first_block, plan.tiles);
       mine = {int64_t{weight_of(b)} * in.layout.kv_heads, b.steps * in.layout.kv_heads};
@@ -159,9 +158,19 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
 }  // namespace
 
 cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window) {
-  PlanInputs in{launch.layout,         launch.step.batch,    launch.step.slots, launch.step.tokens, launch.limits.max_seq_len, 0, 0,
-            window,                launch.ctas,          0,                 launch.map.max_tiles,
-            launch.map.max_raw_tiles, launch.map.max_blocks};
+  PlanInputs in{launch.layout,
+                launch.step.batch,
+                launch.step.slots,
+                launch.step.tokens,
+                launch.limits.max_seq_len,
+                0,
+                0,
+                window,
+                launch.ctas,
+                0,
+                launch.map.max_tiles,
+                launch.map.max_raw_tiles,
+                launch.map.max_blocks};
   if (query_heads > 0) {
     in.group = query_heads / launch.layout.kv_heads;
     Division division;

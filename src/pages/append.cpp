@@ -18,6 +18,7 @@ struct Append {
   const kvarn_rows &k, &v;
   kvarn_encoder encoder;
   const float* feedback;
+  const float* balance;
 
   // Copies the older raw tokens of the first tile away from the pages that this step overwrites.
   void stage(int32_t r, int32_t head) const {
@@ -34,6 +35,7 @@ struct Append {
   int64_t rotate(int32_t r, int32_t head) const {
     const kvarn_layout& layout = step.layout;
     const int32_t start = step.start(r), count = step.queries(r);
+    const float* of_head = balance_of(layout, balance, head);
     int64_t replaced = 0;
     for (int32_t i = 0; i < count; ++i) {
       const int64_t token = step.batch.query_starts[r] + i;
@@ -41,8 +43,8 @@ struct Append {
       uint16_t* to =
           in_pages ? step.raw_k(r, start + i, head) : workspace.row(workspace.row_base()[r] + step.staged(r) + i, head);
       const int64_t v_distance = in_pages ? step.raw_v_distance() : layout.head_dim;
-      replaced += kernels.rotate_raw(row_at(k, token, head), k.dtype, layout.head_dim, to);
-      replaced += kernels.rotate_raw(row_at(v, token, head), v.dtype, layout.head_dim, to + v_distance);
+      replaced += kernels.rotate_raw(row_at(k, token, head), k.dtype, layout.head_dim, of_head, to);
+      replaced += kernels.rotate_raw(row_at(v, token, head), v.dtype, layout.head_dim, nullptr, to + v_distance);
     }
     return replaced;
   }
@@ -58,8 +60,9 @@ struct Append {
 }  // namespace
 
 int64_t append(const Step& step, const Workspace& workspace, const Kernels& kernels, const kvarn_executor* executor,
-               const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder, const float* feedback) {
-  const Append run{step, workspace, kernels, k, v, encoder, feedback};
+               const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder, const float* feedback,
+               const float* balance) {
+  const Append run{step, workspace, kernels, k, v, encoder, feedback, balance};
   const int32_t heads = step.layout.kv_heads;
   workspace.header() = {kStepMagic, fingerprint(step)};
   fill_row_base(step, workspace.row_base());

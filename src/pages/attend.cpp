@@ -20,6 +20,7 @@ struct Attend {
   const kvarn_rows& q;
   const kvarn_rows_out& out;
   float factor, cap;  // scale and soft cap in log2 units
+  const float* balance;
 
   int32_t group() const { return static_cast<int32_t>(q.heads) / step.layout.kv_heads; }
   int32_t segments(const RowBlock& block) const { return block.tile / kSegmentTiles + 1; }
@@ -40,8 +41,10 @@ struct Attend {
 
   void load_queries(const RowBlock& block, int32_t head, Scratch& scratch, bool* finite) const {
     const int32_t head_dim = step.layout.head_dim;
+    const float* of_head = balance_of(step.layout, balance, head);
     for (int32_t c = 0; c < columns(block); ++c)
-      finite[c] = kernels.load_query(column_of(q, block, head, c), q.dtype, head_dim, factor, scratch.q + c * head_dim);
+      finite[c] = kernels.load_query(column_of(q, block, head, c), q.dtype, head_dim, of_head, factor,
+                                     scratch.q + c * head_dim);
   }
 
   // The chain of one segment, from empty. A query that is not finite makes its own row NaN and nothing else.
@@ -130,9 +133,9 @@ AttendPlan plan_attend(const Step& step, int64_t query_heads, int32_t threads, R
 }
 
 void attend(const Step& step, const Workspace& workspace, const AttendPlan& plan, const Kernels& kernels,
-            const kvarn_executor* executor, const kvarn_rows& q, const kvarn_rows_out& out, float scale,
-            float soft_cap) {
-  const Attend run{step, workspace, kernels, q, out, scale * kLog2e, soft_cap * kLog2e};
+            const kvarn_executor* executor, const kvarn_rows& q, const kvarn_rows_out& out, float scale, float soft_cap,
+            const float* balance) {
+  const Attend run{step, workspace, kernels, q, out, scale * kLog2e, soft_cap * kLog2e, balance};
   const RowBlock* blocks = workspace.blocks();
   const int32_t heads = step.layout.kv_heads;
   fill_row_base(step, workspace.row_base());

@@ -17,7 +17,7 @@ AttendPlan plan_attend(const Step& step, int64_t query_heads, int32_t threads, R
 
 // Arguments are checked.
 void attend(const Step& step, const Workspace& workspace, const AttendPlan& plan, const Kernels& kernels,
-            const kvarn_executor* executor, const kvarn_rows& q, const kvarn_rows_out& out, float scale,
-            float soft_cap);
+            const kvarn_executor* executor, const kvarn_rows& q, const kvarn_rows_out& out, float scale, float soft_cap,
+            const float* balance);
 
 }  // namespace kvarn

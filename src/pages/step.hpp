@@ -58,6 +58,11 @@ inline void* row_at(const kvarn_rows_out& rows, int64_t token, int64_t head) {
   return static_cast<uint8_t*>(rows.data) + element * element_bytes(rows.dtype);
 }
 
+// A KV head's part of a balance, null if there is none.
+inline const float* balance_of(const kvarn_layout& layout, const float* balance, int32_t head) {
+  return balance == nullptr ? nullptr : balance + int64_t{head} * layout.head_dim;
+}
+
 // The caller's threads, or the calling thread alone.
 template <class Body>
 void parallel_for(const kvarn_executor* executor, int64_t tasks, const Body& body) {

@@ -50,12 +50,13 @@ struct alignas(64) Scratch {
 struct Kernels {
   const char* name;
 
-  // One vector of K or V: sanitize, rotate, round. Returns how many elements were replaced.
-  int64_t (*rotate_raw)(const void* in, kvarn_dtype dtype, int head_dim, uint16_t* out);
+  // One vector of K or V: divide by balance (null, or [head_dim]), sanitize, rotate, round. Returns how many elements
+  // were replaced.
+  int64_t (*rotate_raw)(const void* in, kvarn_dtype dtype, int head_dim, const float* balance, uint16_t* out);
   // One vector, any dtype to any dtype.
   void (*rotate)(const void* in, kvarn_dtype in_dtype, int head_dim, void* out, kvarn_dtype out_dtype);
-  // One query: rotated, times factor. Returns whether all of it is finite.
-  bool (*load_query)(const void* in, kvarn_dtype dtype, int head_dim, float factor, float* q);
+  // One query: times balance (null, or [head_dim]), rotated, times factor. Returns whether all of it is finite.
+  bool (*load_query)(const void* in, kvarn_dtype dtype, int head_dim, const float* balance, float factor, float* q);
   void (*store)(const float* in, int count, void* out, kvarn_dtype dtype);
 
   // feedback: null, or [head_dim][head_dim] of this KV head.

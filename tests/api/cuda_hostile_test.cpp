@@ -28,12 +28,12 @@ struct CudaHostile : testing::Test {
   kvarn_rows k = rows(memory, KVARN_FLOAT16, 16, 2, 128), v = k, q = rows(memory, KVARN_BFLOAT16, 16, 8, 128);
   kvarn_rows_out out = rows_out(memory, KVARN_BFLOAT16, 16, 8, 128);
   kvarn_rows_out k_out = rows_out(memory, KVARN_FLOAT16, 256, 2, 128), v_out = k_out;
-  kvarn_cuda_attention attention{0.1f, 0, 0, nullptr};
+  kvarn_cuda_attention attention{0.1f, 0, 0, nullptr, nullptr};
   kvarn_cuda_prefill prefill{0, 4, 4, 9, at<int32_t>(0), at<int32_t>(0), at<int32_t>(0), 2, at<int32_t>(0)};
   int32_t query_heads = 8, window = 0;
   kvarn_encoder encoder = KVARN_WEIGHTED;
   int64_t* replaced = nullptr;
-  const float* feedback = nullptr;
+  const float *feedback = nullptr, *balance = nullptr;
 
   static kvarn_layout make(const char* preset, int32_t head_dim, int32_t kv_heads) {
     kvarn_layout made{};
@@ -43,7 +43,7 @@ struct CudaHostile : testing::Test {
 
   kvarn_status plan() const { return kvarn_cuda_plan(&layout, &step, query_heads, window, &workspace, nullptr); }
   kvarn_status append() const {
-    return kvarn_cuda_append(&layout, &pages, &step, &k, &v, encoder, feedback, replaced, &workspace, nullptr);
+    return kvarn_cuda_append(&layout, &pages, &step, &k, &v, encoder, feedback, balance, replaced, &workspace, nullptr);
   }
   kvarn_status attend() const {
     return kvarn_cuda_attend(&layout, &pages, &step, &q, &out, &attention, &workspace, nullptr);
@@ -77,10 +77,11 @@ TEST_F(CudaHostile, NullPointers) {
   refused(kvarn_cuda_plan(nullptr, &step, 8, 0, &workspace, nullptr), KVARN_NULL_POINTER, "layout");
   refused(kvarn_cuda_plan(&layout, nullptr, 8, 0, &workspace, nullptr), KVARN_NULL_POINTER, "step");
   refused(kvarn_cuda_plan(&layout, &step, 8, 0, nullptr, nullptr), KVARN_NULL_POINTER, "workspace");
-  refused(kvarn_cuda_append(&layout, nullptr, &step, &k, &v, encoder, nullptr, nullptr, &workspace, nullptr),
+  refused(kvarn_cuda_append(&layout, nullptr, &step, &k, &v, encoder, nullptr, nullptr, nullptr, &workspace, nullptr),
           KVARN_NULL_POINTER, "pages");
-  refused(kvarn_cuda_append(&layout, &pages, &step, nullptr, &v, encoder, nullptr, nullptr, &workspace, nullptr),
-          KVARN_NULL_POINTER, "k is null");
+  refused(
+      kvarn_cuda_append(&layout, &pages, &step, nullptr, &v, encoder, nullptr, nullptr, nullptr, &workspace, nullptr),
+      KVARN_NULL_POINTER, "k is null");
   refused(kvarn_cuda_attend(&layout, &pages, &step, &q, nullptr, &attention, &workspace, nullptr), KVARN_NULL_POINTER,
           "out is null");
   refused(kvarn_cuda_attend(&layout, &pages, &step, &q, &out, nullptr, &workspace, nullptr), KVARN_NULL_POINTER,
@@ -175,6 +176,10 @@ TEST_F(CudaHostile, Alignment) {
   k.data = memory;
   refused(append(), KVARN_MISALIGNED, "replaced");
   replaced = nullptr;
+  balance = attention.balance = at<float>(8);
+  refused(append(), KVARN_MISALIGNED, "balance");
+  refused(attend(), KVARN_MISALIGNED, "balance");
+  balance = attention.balance = nullptr;
   feedback = at<float>(4);
   refused(append(), KVARN_MISALIGNED, "16 bytes");
   feedback = at<float>(16);

@@ -18,31 +18,36 @@ struct Hostile : testing::Test {
   std::vector<uint8_t> before = r.memory;
 
   void expect_append(kvarn_status expected, const char* mentions) {
-    const kvarn_status got =
-        kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr);
+    const kvarn_status got = kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr,
+                                          &workspace, nullptr, nullptr);
     EXPECT_EQ(got, expected) << kvarn_last_error();
     EXPECT_NE(std::string(kvarn_last_error()).find(mentions), std::string::npos) << kvarn_last_error();
     EXPECT_EQ(r.memory, before);
   }
   void expect_attend(kvarn_status expected, float scale = 1, float cap = 0) {
-    EXPECT_EQ(kvarn_attend(&r.layout, &r.pages, &batch, &q, &out, scale, cap, &workspace, nullptr), expected)
+    EXPECT_EQ(kvarn_attend(&r.layout, &r.pages, &batch, &q, &out, scale, cap, nullptr, &workspace, nullptr), expected)
         << kvarn_last_error();
   }
 };
 
 TEST_F(Hostile, NullPointers) {
-  EXPECT_EQ(kvarn_append(nullptr, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
+  EXPECT_EQ(
+      kvarn_append(nullptr, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, &workspace, nullptr, nullptr),
+      KVARN_NULL_POINTER);
+  EXPECT_EQ(
+      kvarn_append(&r.layout, nullptr, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, &workspace, nullptr, nullptr),
+      KVARN_NULL_POINTER);
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, nullptr, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, &workspace, nullptr,
+                         nullptr),
             KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, nullptr, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
-            KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, nullptr, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, nullptr, &k, KVARN_WEIGHTED, nullptr, nullptr, &workspace,
+                         nullptr, nullptr),
             KVARN_NULL_POINTER);
   EXPECT_EQ(
-      kvarn_append(&r.layout, &r.pages, &batch, nullptr, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
+      kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, nullptr, nullptr, nullptr),
       KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, nullptr, nullptr),
+  EXPECT_EQ(kvarn_attend(&r.layout, &r.pages, &batch, &q, nullptr, 1, 0, nullptr, &workspace, nullptr),
             KVARN_NULL_POINTER);
-  EXPECT_EQ(kvarn_attend(&r.layout, &r.pages, &batch, &q, nullptr, 1, 0, &workspace, nullptr), KVARN_NULL_POINTER);
   EXPECT_EQ(kvarn_expand(&r.layout, &r.pages, &batch, nullptr, &out, &workspace, nullptr), KVARN_NULL_POINTER);
   EXPECT_EQ(kvarn_layout_init(nullptr, 64, 1, &r.layout), KVARN_NULL_POINTER);
   EXPECT_EQ(kvarn_rotate(64, nullptr, &out, nullptr), KVARN_NULL_POINTER);
@@ -103,13 +108,32 @@ TEST_F(Hostile, LengthsAndQueryStarts) {
 TEST_F(Hostile, Feedback) {
   const std::vector<float> matrices(2 * 64 * 64 + 1);
   const auto give = [&](const float* feedback, kvarn_encoder encoder) {
-    return kvarn_append(&r.layout, &r.pages, &batch, &k, &k, encoder, feedback, &workspace, nullptr, nullptr);
+    return kvarn_append(&r.layout, &r.pages, &batch, &k, &k, encoder, feedback, nullptr, &workspace, nullptr, nullptr);
   };
   EXPECT_EQ(give(matrices.data(), KVARN_VARNORM), KVARN_BAD_ARGUMENT);
   EXPECT_NE(std::string(kvarn_last_error()).find("no feedback"), std::string::npos);
   const auto* odd = reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(matrices.data()) + 2);
   EXPECT_EQ(give(odd, KVARN_WEIGHTED), KVARN_MISALIGNED);
   EXPECT_EQ(give(matrices.data(), KVARN_WEIGHTED), KVARN_OK);
+}
+
+TEST_F(Hostile, Balance) {
+  std::vector<float> factors(2 * 64, 0.25f);
+  factors[3] = 0x1p-126f, factors[70] = 0x1p127f;
+  const auto give = [&](const float* balance) {
+    const kvarn_status got = kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, balance,
+                                          &workspace, nullptr, nullptr);
+    EXPECT_EQ(kvarn_attend(&r.layout, &r.pages, &batch, &q, &out, 1, 0, balance, &workspace, nullptr), got);
+    return got;
+  };
+  EXPECT_EQ(give(factors.data()), KVARN_OK);
+  const auto* odd = reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(factors.data()) + 2);
+  EXPECT_EQ(give(odd), KVARN_MISALIGNED);
+  for (const float wrong : {0.0f, -1.0f, 3.0f, 0x1p-127f, HUGE_VALF, NAN}) {
+    factors[70] = wrong;
+    EXPECT_EQ(give(factors.data()), KVARN_BAD_ARGUMENT) << wrong;
+    EXPECT_NE(std::string(kvarn_last_error()).find("balance[1][6] is"), std::string::npos) << kvarn_last_error();
+  }
 }
 
 TEST_F(Hostile, Workspace) {
@@ -125,18 +149,21 @@ TEST_F(Hostile, AttendRefusesAWorkspaceOfAnotherStep) {
   expect_attend(KVARN_WORKSPACE_STALE);
   expect_append(KVARN_BAD_SHAPE, (k.heads = 1, "1, 64"));
   k.heads = 2;
-  ASSERT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
-            KVARN_OK);
+  ASSERT_EQ(
+      kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, &workspace, nullptr, nullptr),
+      KVARN_OK);
   expect_attend(KVARN_OK);
   kvarn_pages other_layer = r.pages;
   std::vector<uint8_t> copy(r.memory);
   other_layer.data = copy.data() + (64 - reinterpret_cast<uintptr_t>(copy.data()) % 64) % 64;
-  EXPECT_EQ(kvarn_attend(&r.layout, &other_layer, &batch, &q, &out, 1, 0, &workspace, nullptr), KVARN_WORKSPACE_STALE);
+  EXPECT_EQ(kvarn_attend(&r.layout, &other_layer, &batch, &q, &out, 1, 0, nullptr, &workspace, nullptr),
+            KVARN_WORKSPACE_STALE);
 }
 
 TEST_F(Hostile, AttendArguments) {
-  ASSERT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, nullptr, nullptr),
-            KVARN_OK);
+  ASSERT_EQ(
+      kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, &workspace, nullptr, nullptr),
+      KVARN_OK);
   for (int64_t heads : {0, 1, 3, 2 * 65}) {
     q.heads = out.heads = heads;
     expect_attend(KVARN_BAD_SHAPE);
@@ -157,11 +184,12 @@ TEST_F(Hostile, NamesAndLayouts) {
   expect_append(KVARN_BAD_LAYOUT, "kvarn_layout_init");
   r.layout.record_bytes -= 16;
   const kvarn_options unknown{nullptr, "sse9"};
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, &workspace, &unknown, nullptr),
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, KVARN_WEIGHTED, nullptr, nullptr, &workspace, &unknown,
+                         nullptr),
             KVARN_UNKNOWN_TARGET);
   EXPECT_EQ(kvarn_target("sse9"), nullptr);
-  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, static_cast<kvarn_encoder>(7), nullptr, &workspace,
-                         nullptr, nullptr),
+  EXPECT_EQ(kvarn_append(&r.layout, &r.pages, &batch, &k, &k, static_cast<kvarn_encoder>(7), nullptr, nullptr,
+                         &workspace, nullptr, nullptr),
             KVARN_BAD_ARGUMENT);
 }
 

@@ -103,7 +103,7 @@ void run(const Case& c) {
     const int64_t stride = int64_t{c.kv_heads} * c.head_dim;
     const kvarn_rows kr{k.data(), KVARN_FLOAT32, rows, c.kv_heads, stride, c.head_dim},
         vr{v.data(), KVARN_FLOAT32, rows, c.kv_heads, stride, c.head_dim};
-    check(kvarn_append(&layout, &pages, &batch, &kr, &vr, KVARN_WEIGHTED, nullptr, &space, &options, nullptr));
+    check(kvarn_append(&layout, &pages, &batch, &kr, &vr, KVARN_WEIGHTED, nullptr, nullptr, &space, &options, nullptr));
   };
   std::vector<int> before, first{0};
   for (int r = 0; r < requests; ++r) before.push_back(c.lengths[r] - c.news[r]), first.push_back(first.back() + before[r]);
@@ -122,7 +122,7 @@ void run(const Case& c) {
   const kvarn_rows qr{q.data(), KVARN_FLOAT32, tokens, heads, stride, c.head_dim};
   const kvarn_rows_out er{expected.data(), KVARN_FLOAT32, tokens, heads, stride, c.head_dim};
   if (!c.window && !c.sinks)
-    check(kvarn_attend(&layout, &pages, &batch, &qr, &er, scale, c.soft_cap, &space, &options));
+    check(kvarn_attend(&layout, &pages, &batch, &qr, &er, scale, c.soft_cap, nullptr, &space, &options));
 
   // The device.
   std::vector<uint8_t> pool(data, data + size_t(count) * layout.page_bytes);
@@ -144,7 +144,7 @@ void run(const Case& c) {
     // raw tiles of prompts come from append; here from the CPU's workspace
     check(cuda::attend(launch, {device_q, KVARN_FLOAT32, tokens, heads, stride, c.head_dim},
                        {device_out, KVARN_FLOAT32, tokens, heads, stride, c.head_dim},
-                       {scale, c.soft_cap, c.window, c.sinks ? sinks : nullptr}),
+                       {scale, c.soft_cap, c.window, c.sinks ? sinks : nullptr, nullptr}),
           "attend");
     check(cudaDeviceSynchronize(), "attend");
     check(cudaMemcpy(out.data(), device_out, out.size() * 4, cudaMemcpyDeviceToHost), "copy");

@@ -65,12 +65,13 @@ struct Life {
   std::unique_ptr<OnDevice<uint8_t>> pages, memory;
   kvarn_cuda_workspace workspace{nullptr, 0, {900, kRequests, 16 * kHeads, kLongest, 5}};
   uint32_t seed = 1;
-  std::vector<float> feedback;
+  std::vector<float> feedback, balance;
 
   Life(const std::string& preset, int32_t d) : head_dim(d) {
     require(bool(Layout::make(preset, d, kHeads, layout)), "layout");
     for (int32_t head = 0; head < kHeads; ++head)
       for (const float b : hashed_feedback(static_cast<uint32_t>(d))) feedback.push_back(b);
+    for (int32_t i = 0; i < kHeads * d; ++i) balance.push_back(std::ldexp(1.0f, i * 5 % 9 - 4));
     const auto each = static_cast<int32_t>(layout.pages_of(kLongest));
     for (int32_t i = 0; i < kRequests * each; ++i) table.push_back((i * 7 + 3) % (kRequests * each));
     if (kRequests * each % 7 == 0)
@@ -106,13 +107,13 @@ struct Life {
     WorkspaceBuffer scratch(layout.workspace_bytes(tokens, kRequests, heads, kLongest, 1));
     require(bool(append(layout, cpu_pages, on_cpu, rows(k.data(), KVARN_FLOAT32, tokens, kHeads, head_dim),
                         rows(v.data(), KVARN_FLOAT32, tokens, kHeads, head_dim), scratch, encoder, nullptr, nullptr,
-                        feed ? feedback.data() : nullptr)),
+                        feed ? feedback.data() : nullptr, feed ? balance.data() : nullptr)),
             "append on the CPU");
 
     const OnDevice<int32_t> tables(table), after(lengths), first(starts);
     const OnDevice<float> k_rows(k), v_rows(v), q_rows(q), out(std::vector<float>(q.size(), NAN)),
         sinks(std::vector<float>(static_cast<size_t>(heads), 0.5f));
-    const OnDevice<float> fed(feedback);
+    const OnDevice<float> fed(feedback), balanced(balance);
     const kvarn_pages pool{pages->get(), cpu_pages.count, cpu_pages.stride};
     const kvarn_cuda_step now{
         {kRequests, width, width, tables.get(), after.get(), first.get()}, nullptr, tokens, longest};
@@ -121,10 +122,11 @@ struct Life {
                      v_in = rows(v_rows.get(), KVARN_FLOAT32, tokens, kHeads, head_dim),
                      q_in = rows(q_rows.get(), KVARN_FLOAT32, tokens, heads, head_dim);
     const kvarn_rows_out result = rows_out(out.get(), KVARN_FLOAT32, tokens, heads, head_dim);
-    require(kvarn_cuda_append(&layout, &pool, &now, &k_in, &v_in, encoder, feed ? fed.get() : nullptr, nullptr,
-                              &workspace, nullptr) == KVARN_OK,
+    require(kvarn_cuda_append(&layout, &pool, &now, &k_in, &v_in, encoder, feed ? fed.get() : nullptr,
+                              feed ? balanced.get() : nullptr, nullptr, &workspace, nullptr) == KVARN_OK,
             "append");
-    const kvarn_cuda_attention attention{0.1f, how.soft_cap, how.window, how.sinks ? sinks.get() : nullptr};
+    const kvarn_cuda_attention attention{0.1f, how.soft_cap, how.window, how.sinks ? sinks.get() : nullptr,
+                                         feed ? balanced.get() : nullptr};
     require(kvarn_cuda_attend(&layout, &pool, &now, &q_in, &result, &attention, &workspace, nullptr) == KVARN_OK,
             "attend");
     prefill(pool, now);

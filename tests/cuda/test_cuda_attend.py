@@ -104,6 +104,22 @@ def test_sinks(options):
     check(World(layout, [40, 300], [1, 2], 4), options)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize(("preset", "head_dim"), SHAPES)
+def test_balance_is_queries_multiplied(preset, head_dim, dtype):
+    """Bit for bit what multiplied queries get, which float32 holds exactly."""
+    world = World(kvarn.Layout(preset, head_dim, 2), [3, 300, 129, 500], [1, 2, 8, 100], 4, dtype)
+    world.run()
+    step, q = world.step(range(4)), torch.cat(world.q)
+    balance = (random((2, head_dim), 8).float() * 2).round().clamp(-9, 9).exp2()
+    by_hand = q.float() * balance.repeat_interleave(4, 0)
+    given = {"scale": 0.1, "soft_cap": 20.0}
+    ours, theirs = (torch.full_like(q, float("nan")) for _ in range(2))
+    kvarn.attend(world.layout, world.pages, *step, q, out=ours, balance=balance, **given)
+    kvarn.attend(world.layout, world.pages, *step, by_hand, out=theirs, **given)
+    assert torch.equal(ours, theirs) and torch.isfinite(ours).all()
+
+
 def test_float32_rows_and_strides():
     world = World(kvarn.Layout(*MAIN, 2), [40, 300, 129], [1, 2, 4], dtype=torch.float32)
     check(world)

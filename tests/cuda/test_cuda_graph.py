@@ -119,12 +119,12 @@ def test_operators_pass_torchs_own_checks():
     pages, out = world.before.clone(), torch.zeros_like(q)
     torch.library.opcheck(ops.plan.default, (space.tensor, *shared, 3, 2, 8, 0), test_utils=utils)
     ops.plan(space.tensor, *shared, 3, 2, 8, 0)
-    for b in (None, torch.zeros(2, layout.head_dim, layout.head_dim, device=DEVICE)):
-        torch.library.opcheck(
-            ops.append.default, (pages, space.tensor, *shared, 2, k, v, "weighted", b, None), test_utils=utils
-        )
-    attend = (pages, space.tensor, *shared, 2, q, out, 0.1, 0.0, 0, None)
-    torch.library.opcheck(ops.attend.default, attend, test_utils=utils)
+    fed = torch.zeros(2, layout.head_dim, layout.head_dim, device=DEVICE)
+    for b, balance in ((None, None), (fed, torch.ones(2, layout.head_dim, device=DEVICE))):
+        append = (pages, space.tensor, *shared, 2, k, v, "weighted", b, balance, None)
+        torch.library.opcheck(ops.append.default, append, test_utils=utils)
+        attend = (pages, space.tensor, *shared, 2, q, out, 0.1, 0.0, 0, None, balance)
+        torch.library.opcheck(ops.attend.default, attend, test_utils=utils)
     k_out, v_out = (torch.zeros(256, 2, layout.head_dim, device=DEVICE) for _ in "kv")
     plain = (pages, layout.preset, layout.head_dim, layout.kv_heads, table, lengths, k_out, v_out)
     torch.library.opcheck(ops.expand.default, plain, test_utils=utils)

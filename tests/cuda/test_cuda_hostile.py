@@ -115,6 +115,23 @@ def test_refused_feedback():
         kvarn.append(**arguments("append"), feedback=zeros, encoder="varnorm")
 
 
+def test_refused_balance():
+    ones = torch.ones(2, MAIN[1], device=DEVICE)
+    for balance in (
+        3,
+        ones.cpu(),
+        ones.double(),
+        ones[:1],
+        ones.flatten(),
+        torch.ones(MAIN[1], 2, device=DEVICE).T,
+        torch.ones(ones.numel() + 1, device=DEVICE)[1:].view_as(ones),
+    ):
+        for verb in ("append", "attend"):
+            with pytest.raises(REFUSED) as caught:
+                getattr(kvarn, verb)(**arguments(verb), balance=balance)
+            assert "balance" in str(caught.value)
+
+
 def test_plans_are_for_one_layout_window_and_heads():
     given = arguments("attend")
     layout, tables = given["layout"], (given["block_table"], given["seq_lens"], given["query_starts"])

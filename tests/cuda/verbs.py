@@ -27,15 +27,18 @@ class CudaVerbs:
             )
         return self.spaces[layout]
 
-    def append(self, layout, pages, block_table, seq_lens, query_starts, k, v, encoder="weighted", feedback=None):
+    def append(
+        self, layout, pages, block_table, seq_lens, query_starts, k, v, encoder="weighted", feedback=None, balance=None
+    ):
         on_device = up(pages)
         replaced = torch.zeros(1, dtype=torch.int64, device=DEVICE)
         plan = kvarn.plan(
             layout, up(block_table), up(seq_lens), up(query_starts), tokens=len(k), workspace=self.space(layout)
         )
-        b = None if feedback is None else up(feedback)
+        given = {"feedback": feedback, "balance": balance}
         kvarn.append(
-            layout, on_device, None, None, None, up(k), up(v), encoder=encoder, feedback=b, plan=plan, replaced=replaced
+            layout, on_device, None, None, None, up(k), up(v), encoder=encoder, plan=plan, replaced=replaced,
+            **{name: None if x is None else up(x) for name, x in given.items()},
         )  # fmt: skip
         pages[:] = on_device.cpu().numpy()
         return int(replaced)

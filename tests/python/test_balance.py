@@ -55,7 +55,7 @@ def test_it_divides_keys_and_multiplies_queries(dtype):
 def test_on_a_gpu():
     if missing := kvarn.cuda_missing():
         pytest.skip(missing)
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert_as_by_hand(dtype, "cuda")
 
 
@@ -81,11 +81,23 @@ def test_products_do_not_change():
 
 
 def test_another_shape_is_refused():
-    for wrong in (torch.ones(64), torch.ones(2, 128), torch.ones(3, 64)):
-        with pytest.raises(ValueError, match=r"balance has shape .*; it must be \[2, 64\], as the keys"):
+    for wrong in (torch.ones(2, 128), torch.ones(3, 64)):
+        with pytest.raises(ValueError, match=r"balance has shape .*; it must have \[2, 64\]"):
             step(wrong)
-    with pytest.raises(TypeError, match=r"balance is torch\.float64; it must be float32"):
+    with pytest.raises(ValueError, match=r"balance has shape \[64\]; it must have 2 axes"):
+        step(torch.ones(64))
+    with pytest.raises(ValueError, match="balance must be contiguous"):
+        step(torch.ones(64, 2).T)
+    with pytest.raises(TypeError, match="balance must be float32"):
         step(torch.ones(2, 64, dtype=torch.float64))
+
+
+def test_only_powers_of_two():
+    for wrong in (0.0, -2.0, 3.0, float("inf"), float("nan")):
+        balance = torch.ones(2, 64)
+        balance[1, 7] = wrong
+        with pytest.raises(ValueError, match=r"balance\[1\]\[7\] is .*; allowed: powers of two"):
+            step(balance)
 
 
 def test_it_is_how_far_keys_deviate():

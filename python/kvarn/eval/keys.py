@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import kvarn
-import kvarn._balance
 import kvarn._core
 import kvarn.energy
 import kvarn.eval.attention
@@ -34,7 +33,7 @@ def save(path: Path, write: Callable[[Path], object]) -> None:
 
 def _code(cache, device: str) -> str:
     """What `cache` computes with: the compiled core and its target, or the files of a simulation."""
-    modules = [kvarn.energy.__name__, kvarn._balance.__name__, kvarn.eval.attention.__name__, type(cache).__module__]
+    modules = [kvarn.energy.__name__, kvarn.eval.attention.__name__, type(cache).__module__]
     if isinstance(cache, Packed | Layered):
         return _core() + (kvarn.target() if device == "cpu" else device) + "".join(map(meaning, modules))
     if isinstance(cache, Simulated):

@@ -111,8 +111,6 @@ def _kernels():
 class KvarnLayer(AttentionImpl):
     """One layer: what it was built for. `forward` is the platform's."""
 
-    balances: ClassVar[bool]  # whether keys are divided by a balance, and queries multiplied
-
     def __init__(
         self,
         num_heads: int,

@@ -63,8 +63,6 @@ class Builder(AttentionMetadataBuilder[Metadata]):
 class Impl(KvarnLayer):
     """One layer."""
 
-    balances = True
-
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
     ) -> torch.Tensor:

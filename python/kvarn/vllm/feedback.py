@@ -33,7 +33,7 @@ def settle(model: torch.nn.Module, model_config) -> None:
     try:
         found = _seen(model, layers, config)
         for layer in packed:
-            made = found[layer].feedback(layer.impl.balances).to(next(model.parameters()).device)
+            made = found[layer].feedback().to(next(model.parameters()).device)
             layer.register_buffer("kvarn_feedback", made.matrix, persistent=False)
             layer.register_buffer("kvarn_balance", made.balance, persistent=False)
             layer.impl.feedback = made

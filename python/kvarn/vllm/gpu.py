@@ -82,8 +82,6 @@ class Builder(AttentionMetadataBuilder[Metadata]):
 class Impl(KvarnLayer):
     """One layer."""
 
-    balances = False  # two more kernels a layer, until append and attend do it themselves
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.memory: memory.Memory | None = None
@@ -109,11 +107,12 @@ class Impl(KvarnLayer):
             return output.fill_(0)
         step, n = attn_metadata, attn_metadata.tokens
         pages = self.pages_of(kv_cache)
+        matrix, balance = self.feedback or (None, None)
         kvarn.append(
             self.layout, pages, None, None, None, key[:n], value[:n], encoder=self.encoder, plan=step.append,
-            feedback=self.feedback and self.feedback.matrix, replaced=step.replaced,
+            feedback=matrix, balance=balance, replaced=step.replaced,
         )  # fmt: skip
-        options = {"scale": self.scale, "soft_cap": self.soft_cap}
+        options = {"scale": self.scale, "soft_cap": self.soft_cap, "balance": balance}
         # Prompts first. Attention that follows an append directly reads packed tiles before that append has ended,
         # unless its own plan says that the step completes some; this plan does not know of the prompts' tiles, which a
         # request that hits them in the same step reads.

@@ -69,14 +69,17 @@ class Step:
             group.longest = max(group.longest, length)
         return cls(plan, groups, starts[first], room)
 
-    def attend(self, pages, query, output, flash: int, scale: float, soft_cap: float, sinks) -> None:
+    def attend(self, pages, query, output, flash: int, scale: float, soft_cap: float, sinks, balance) -> None:
         """query, output [tokens, heads, head_dim] of the whole step; rows from `first_row` on are written.
 
-        sinks  None, or [heads], as the model has them
+        sinks    None, or [heads], as the model has them
+        balance  None, or float32 [kv_heads, head_dim], as append had it
         """
         room, layout = self.room, self.plan.layout
-        rotated = torch.empty_like(query)
-        cuda.rotate(query[self.first_row :], out=rotated[self.first_row :])
+        rotated, mine = torch.empty_like(query), query[self.first_row :]
+        if balance is not None:
+            mine = (mine.unflatten(1, (layout.kv_heads, -1)) * balance[:, None]).flatten(1, 2)  # float32: exact
+        cuda.rotate(mine, out=rotated[self.first_row :])
         paged = (room.pages, layout.page_tokens, layout.kv_heads, layout.head_dim)
         for group in self.groups:
             n = group.sequences
