@@ -42,7 +42,7 @@ endmacro()
 # Presets x page tokens x head dims that there are kernels for (src/cuda/shape.hpp), as "k4v2_g128_d128".
 function(kvarn_all_shapes out)
   set(shapes)
-  foreach(preset k4v2 k4v3 k4v4 k2v2 k8v4)
+  foreach(preset k4v2 k4v3 k4v4 k3v3 k2v2 k8v4)
     foreach(page_tokens 128 64)
       foreach(head_dim 64 96 128 256)
         list(APPEND shapes ${preset}_g${page_tokens}_d${head_dim})

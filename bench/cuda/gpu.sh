@@ -22,7 +22,7 @@ trap 'rm -rf "$temporary"' EXIT
 build=${BUILD:-$temporary/build}
 mkdir -p "$build"
 shapes=k4v2_g128_d128
-for shape in k4v3_g128_d128 k2v2_g128_d128 k4v4_g128_d128 k8v4_g128_d128 k4v2_g128_d64 k4v2_g128_d96 k4v2_g128_d256; do
+for shape in k3v3_g128_d128 k4v3_g128_d128 k2v2_g128_d128 k4v4_g128_d128 k8v4_g128_d128 k4v2_g128_d64 k4v2_g128_d96 k4v2_g128_d256; do
   shapes+=";$shape"
 done
 seconds() { echo "$1: $((SECONDS - started)) s" >&2; started=$SECONDS; }

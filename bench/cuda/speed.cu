@@ -33,8 +33,8 @@ void run_all(Bench& bench) {
   for (const Shape& s : shapes) plan(bench, s);
   for (int heads : {8, 16, 64}) attend(bench, {kPreset, 128, heads, 8, 32, 16384});
   for (int heads : {32, 64}) {
-    for (const char* preset :
-         {"kvarn_k4v3_g128", "kvarn_k2v2_g128", "kvarn_k4v4_g128", "kvarn_k8v4_g128", "kvarn_k4v2_g64"})
+    for (const char* preset : {"kvarn_k3v3_g128", "kvarn_k4v3_g128", "kvarn_k2v2_g128", "kvarn_k4v4_g128",
+                               "kvarn_k8v4_g128", "kvarn_k4v2_g64"})
       attend(bench, {preset, 128, heads, 8, 32, 16384});
     for (int head_dim : {64, 96, 256}) attend(bench, {kPreset, head_dim, heads, 8, 32, 16384});
   }

@@ -18,7 +18,7 @@ struct Shape {
 };
 
 // Calls body(Shape<...>{}) for the layout's shape; false if there are no kernels for it.
-#define KVARN_CUDA_PRESETS(X) X(4, 2) X(4, 3) X(4, 4) X(2, 2) X(8, 4)
+#define KVARN_CUDA_PRESETS(X) X(4, 2) X(4, 3) X(4, 4) X(3, 3) X(2, 2) X(8, 4)
 #define KVARN_CUDA_HEAD_DIMS(X, ...) X(64, __VA_ARGS__) X(96, __VA_ARGS__) X(128, __VA_ARGS__) X(256, __VA_ARGS__)
 
 constexpr bool has_kernels(const kvarn_layout& l) {

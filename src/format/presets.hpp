@@ -19,8 +19,13 @@ inline constexpr int kMaxHeadDim = 256;
 inline constexpr int kMaxPageTokens = 128;
 
 // The documented choices, best quality first; the other pairs are right but not tuned. NULL-terminated for the C ABI.
-inline constexpr std::array<const char*, 6> kDocumentedPresets{"kvarn_k8v4_g128", "kvarn_k4v4_g128", "kvarn_k4v3_g128",
-                                                               "kvarn_k4v2_g128", "kvarn_k2v2_g128", nullptr};
+inline constexpr std::array<const char*, 7> kDocumentedPresets{"kvarn_k8v4_g128",
+                                                               "kvarn_k4v4_g128",
+                                                               "kvarn_k4v3_g128",
+                                                               "kvarn_k3v3_g128",
+                                                               "kvarn_k4v2_g128",
+                                                               "kvarn_k2v2_g128",
+                                                               nullptr};
 
 template <class List>
 constexpr bool contains(const List& list, int value) {

@@ -214,8 +214,9 @@ int main(int arguments, char**) {
   run({"kvarn_k4v2_g128", 128, 2, 16, {1000, 2000, 130, 5000}, {1, 8, 3, 1}});
   run({"kvarn_k4v2_g128", 128, 2, 5, {1000, 2000, 130, 5000}, {8, 8, 3, 1}});
   run({"kvarn_k4v2_g128", 128, 2, 1, {1000, 2000, 130, 5000}, {8, 8, 3, 1}});
-  for (const char* preset : {"kvarn_k4v2_g128", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k2v2_g128", "kvarn_k8v4_g128",
-                             "kvarn_k4v2_g64", "kvarn_k4v3_g64", "kvarn_k4v4_g64", "kvarn_k2v2_g64", "kvarn_k8v4_g64"})
+  for (const char* preset :
+       {"kvarn_k4v2_g128", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k3v3_g128", "kvarn_k2v2_g128", "kvarn_k8v4_g128",
+        "kvarn_k4v2_g64", "kvarn_k4v3_g64", "kvarn_k4v4_g64", "kvarn_k3v3_g64", "kvarn_k2v2_g64", "kvarn_k8v4_g64"})
     for (int head_dim : {64, 96, 128, 256})
       if (built(preset, head_dim)) run({preset, head_dim, 2, 4, {900, 70, 300}, {1, 4, 2}});
   std::printf("%d failures\n", failures);

@@ -6,7 +6,7 @@
 #   tests/cuda/pack.sh FOLDER
 #
 #   KVARN_BUILD=/tmp/kvarn-pack     where to build        KVARN_CUDA_ARCHITECTURES=90a     of the GPU
-#   KVARN_CUDA_SHAPES=...           12 of them, those of the benchmark among them; all takes long
+#   KVARN_CUDA_SHAPES=...           14 of them, those of the benchmark among them; all takes long
 #   PYTHON=python3                  with nanobind         HEADERS=/usr/include/python3.12  of the GPU machine's Python
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -14,7 +14,7 @@ mkdir -p "$1" && out=$(cd "$1" && pwd)
 build=${KVARN_BUILD:-/tmp/kvarn-pack} python=${PYTHON:-python3} architecture=${KVARN_CUDA_ARCHITECTURES:-90a}
 headers=${HEADERS:-$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')}
 shapes="k4v2_g128_d128;k4v3_g128_d128;k2v2_g128_d128;k4v4_g128_d128;k8v4_g128_d128;k4v2_g128_d64;k4v2_g128_d96"
-shapes+=";k4v2_g128_d256;k4v2_g64_d128;k4v3_g64_d96;k2v2_g64_d64;k4v4_g128_d64"
+shapes+=";k4v2_g128_d256;k4v2_g64_d128;k4v3_g64_d96;k2v2_g64_d64;k4v4_g128_d64;k3v3_g128_d128;k3v3_g128_d64"
 mkdir -p "$build"
 cmake -G Ninja -S "$root" -B "$build" -DKVARN_CUDA=ON -DKVARN_TESTS=OFF -DCMAKE_POSITION_INDEPENDENT_CODE=ON \
   -DKVARN_CUDA_ARCHITECTURES="$architecture" "-DKVARN_CUDA_SHAPES=${KVARN_CUDA_SHAPES:-$shapes}" \

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # On the GPU machine, in one call of some two minutes on 16 cores: what tests/cuda/pack.sh made in FOLDER is linked and
-# checked (attend_test, tests/cuda, compute-sanitizer's four tools on four shapes), then timed beside its rivals.
+# checked (attend_test, tests/cuda, compute-sanitizer's four tools on five shapes), then timed beside its rivals.
 #
 #   tests/cuda/packed.sh FOLDER [check] [time]     both, if none is named
 #
@@ -43,7 +43,7 @@ if [[ $what == *check* ]]; then
   tail -n 1 "$results/attend_test.log"
   printf '%s\n' tests/cuda/test_*.py | xargs -P "$JOBS" -I{} bash -c 'of_test {}' || status=1
   for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
-    for shape in ${SANITIZE:-k4v2_g128_d128 k4v3_g64_d96 k2v2_g64_d64 k4v2_g128_d256}; do echo "$shape $tool"; done
+    for shape in ${SANITIZE:-k4v2_g128_d128 k4v3_g64_d96 k2v2_g64_d64 k4v2_g128_d256 k3v3_g128_d64}; do echo "$shape $tool"; done
   done | xargs -P "$JOBS" -L 1 bash -c 'of_tool "$0" "$1"' || status=1
   echo "checked after $((SECONDS - begun)) s, status $status"
 fi

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).parent
-DOCUMENTED = ("k8v4", "k4v4", "k4v3", "k4v2", "k2v2")
+DOCUMENTED = ("k8v4", "k4v4", "k4v3", "k3v3", "k4v2", "k2v2")
 HEADER = "# preset head_dim encoder fnv1a64 offset bytes; written by make.py, which says what the input is\n"
 
 
