@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import kvarn
 import numpy as np
 import torch
 from kvarn import energy
@@ -58,8 +57,8 @@ def from_weights(net, layers: list[int]) -> dict[int, torch.Tensor]:
     return found
 
 
-def sources(model: Model, other: Path) -> dict[str, dict[int, energy.Feedback]]:
-    """Feedback by layer, under the names of the tables."""
+def sources(model: Model, other: Path) -> dict[str, dict[int, energy.Seen]]:
+    """By layer, under the names of the tables."""
     on_text = measured(model.net, text.contexts(other, model.tokenizer, 2, 1024)[:, :-1])
     random = energy.tokens(model.net.config.get_text_config().vocab_size)[None]
     found = {
@@ -68,7 +67,7 @@ def sources(model: Model, other: Path) -> dict[str, dict[int, energy.Feedback]]:
         "random": measured(model.net, random),
     }
     plain = {
-        source: {layer: energy.Feedback(kvarn.feedback(its), None) for layer, its in by.items()}
+        source: {layer: energy.Seen(its, torch.ones_like(its)) for layer, its in by.items()}
         for source, by in found.items()
     }
     return plain | {"model": feedback(model.net, balanced=False), "balanced": feedback(model.net)}

@@ -10,6 +10,8 @@ it in the same way.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -20,8 +22,9 @@ TOKENS = 512
 _TILE = 128
 # Channels that hardly deviate about a large mean are left as if they deviated by a 64th of it: raw tokens are f16.
 _OF_SIZE, _OF_MOST = 2.0**-12, 2.0**-20
-# Balances below are 1: with small factors too K at 4 bits lost 7 % on SmolLM2 (docs/encoder-study.md).
-_LEAST = 4.0
+# K of fewer bits has every channel balanced, K of more only those that deviate so much more or less than most: with
+# small factors too, 4 bits lost 12 and 15 % on two of four models and won 18 % on one (docs/encoder-study.md).
+_MANY_BITS, _FAR = 4, 4.0
 
 
 class Feedback(NamedTuple):
@@ -38,12 +41,13 @@ class Feedback(NamedTuple):
         return Feedback(self.matrix.to(device), None if self.balance is None else self.balance.to(device))
 
 
-class Seen(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Seen:
     """Of a layer on the fixed tokens: float32 [kv_heads, head_dim] on the CPU, powers of two, so that the last bits of
     a model's arithmetic do not matter.
 
     queries  mean squares of the queries that read each KV head, after RoPE
-    keys     how far the keys deviate within 128 tokens, after RoPE, where that is far from what most do: the balance
+    keys     how far the keys deviate within 128 tokens, after RoPE, over the geometric mean of a head's channels
     """
 
     queries: torch.Tensor
@@ -54,10 +58,27 @@ class Seen(NamedTuple):
         """query [tokens, query_heads, head_dim], key [tokens, kv_heads, head_dim]."""
         return cls(of_queries(query, key.shape[1]), of_keys(key))
 
-    def feedback(self, balanced: bool = True) -> Feedback:
-        if not balanced or (self.keys == 1).all():  # nothing to divide then, step after step
+    def unbalanced(self) -> Seen:
+        """As if all keys deviated alike."""
+        return Seen(self.queries, torch.ones_like(self.keys))
+
+    def feedback(self, k_bits: int) -> Feedback:
+        """For a cache with K of so many bits; made once."""
+        return self._of_many_bits if k_bits >= _MANY_BITS else self._of_few_bits
+
+    @cached_property
+    def _of_many_bits(self) -> Feedback:
+        return self._balanced((self.keys >= _FAR) | (self.keys <= 1 / _FAR))
+
+    @cached_property
+    def _of_few_bits(self) -> Feedback:
+        return self._balanced(self.keys != 1)
+
+    def _balanced(self, channels: torch.Tensor) -> Feedback:
+        if not channels.any():  # nothing to divide then, step after step
             return Feedback(feedback(self.queries), None)
-        return Feedback(feedback(self.queries * self.keys.square()), self.keys)
+        balance = torch.where(channels, self.keys, 1)
+        return Feedback(feedback(self.queries * balance.square()), balance)
 
 
 def tokens(vocabulary: int) -> torch.Tensor:
@@ -76,13 +97,12 @@ def of_queries(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 
 def of_keys(key: torch.Tensor) -> torch.Tensor:
-    """See Seen; key [tokens, kv_heads, head_dim]. Relative to the geometric mean of a head's channels."""
+    """See Seen; key [tokens, kv_heads, head_dim]."""
     tiles = key.detach().double().unflatten(0, (-1, _TILE))
     spread = tiles.var(1, correction=0).mean(0)
     spread = spread.maximum(tiles.square().mean((0, 1)) * _OF_SIZE)
     spread = spread.maximum(spread.amax(-1, keepdim=True) * _OF_MOST).clamp_min(2.0**-60)
-    balance = _power_of_two((spread / spread.log().mean(-1, keepdim=True).exp()).sqrt())
-    return torch.where((balance >= _LEAST) | (balance <= 1 / _LEAST), balance, torch.ones_like(balance))
+    return _power_of_two((spread / spread.log().mean(-1, keepdim=True).exp()).sqrt())
 
 
 def _power_of_two(x: torch.Tensor) -> torch.Tensor:

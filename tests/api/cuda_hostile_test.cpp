@@ -102,8 +102,8 @@ TEST_F(CudaHostile, NullPointers) {
 }
 
 TEST_F(CudaHostile, LayoutsWithoutKernels) {
-  layout = make("kvarn_k3v3_g128", 128, 2);
-  step_refused(KVARN_BAD_LAYOUT, "k3v3_g128");
+  layout = make("kvarn_k3v2_g128", 128, 2);
+  step_refused(KVARN_BAD_LAYOUT, "k3v2_g128");
   refused(expand(), KVARN_BAD_LAYOUT, "allowed");
   layout = make("kvarn_k4v2_g128", 80, 2);
   step_refused(KVARN_BAD_LAYOUT, "head_dim 80");

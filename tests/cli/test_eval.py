@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="kvarn eval needs tran
 
 import kvarn  # noqa: E402
 from kvarn.cli.commands import app  # noqa: E402
-from kvarn.energy import Feedback  # noqa: E402
+from kvarn.energy import Seen  # noqa: E402
 from kvarn.eval import measure, picture, report, results, statistics, text  # noqa: E402
 from kvarn.eval.attention import Layer, Past, attending, exact, window_mask  # noqa: E402
 from kvarn.eval.caches import Packed, Plain, Simulated  # noqa: E402
@@ -261,7 +261,7 @@ def test_rows_have_names_of_their_own_and_are_chosen_by_pattern():
         "kvarn_k4v2_g128 weighted",
         "q8_0",
     ]
-    made = {balanced: {0: Feedback(torch.zeros(3, 64, 64), torch.ones(3, 64))} for balanced in (True, False)}
+    made = {balanced: {0: Seen(torch.ones(3, 64), torch.ones(3, 64))} for balanced in (True, False)}
     fed = {row.name: row.cache for row in rows(64, 3, range(30), 30, "kvarn_k4v2_g128 *", made.get)}
     for encoder, feedback in {"weighted": made[True], "feedback": made[False], "varnorm": None, "fit": None}.items():
         assert fed[f"kvarn_k4v2_g128 {encoder}"].feedback is feedback

@@ -55,7 +55,7 @@ CHANGES = [
     )),
     ("attend", "scale", lambda x: float("nan"), ValueError), ("attend", "scale", lambda x: "0.1", TypeError),
     ("append", "layout", lambda x: "kvarn_k4v2_g128", TypeError),
-    ("append", "layout", lambda x: kvarn.Layout("kvarn_k3v3_g128", 128, 2), ValueError),
+    ("append", "layout", lambda x: kvarn.Layout("kvarn_k3v2_g128", 128, 2), ValueError),
     ("append", "layout", lambda x: kvarn.Layout("kvarn_k4v2_g128", 80, 2), ValueError),
 ]  # fmt: skip
 

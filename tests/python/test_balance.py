@@ -112,23 +112,32 @@ def test_it_is_how_far_keys_deviate():
     assert (ratios[:, 2] == 2.0**-6).all(), "2^-10 of the most, 64"
 
 
-def test_what_hardly_differs_is_left_alone():
+def seen(keys) -> energy.Seen:
+    draw = torch.Generator().manual_seed(4)
+    return energy.Seen.of(torch.randn(512, 6, 64, generator=draw), keys)
+
+
+def test_few_bits_have_every_channel_balanced_many_those_that_differ_much():
     deviation = torch.ones(64)
     deviation[:32], deviation[5] = 2, 64
-    found = energy.of_keys(torch.tensor([-1.0, 1.0]).repeat(256)[:, None, None] * deviation.expand(1, 64))
-    assert found[0, 5] == 32 or found[0, 5] == 64
-    found[0, 5] = 1
-    assert (found == 1).all()
+    found = seen(torch.tensor([-1.0, 1.0]).repeat(256)[:, None, None] * deviation.expand(2, 64))
+    for bits in (2, 3):
+        assert torch.equal(found.feedback(bits).balance, found.keys)
+    assert (found.keys[:, 32:] == 0.5).all() or (found.keys[:, :5] == 2).all()
+    for bits in (4, 8):
+        balance = found.feedback(bits).balance.clone()
+        assert (balance[:, 5] == found.keys[:, 5]).all() and (balance[:, 5] >= 32).all()
+        balance[:, 5] = 1
+        assert (balance == 1).all()
+    assert found.feedback(2) is found.feedback(3), "made once"
 
 
 def test_feedback_is_for_queries_as_they_are_multiplied():
-    draw = torch.Generator().manual_seed(4)
-    queries, keys = (torch.randn(512, heads, 64, generator=draw) for heads in (6, 2))
+    draw = torch.Generator().manual_seed(5)
+    keys = torch.randn(512, 2, 64, generator=draw)
     keys[..., 7] *= 16
-    seen = energy.Seen.of(queries, keys)
-    both, plain = seen.feedback(), seen.feedback(balanced=False)
-    assert torch.equal(both.balance, seen.keys) and plain.balance is None
-    assert torch.equal(plain.matrix, kvarn.feedback(seen.queries))
-    assert torch.equal(both.matrix, kvarn.feedback(seen.queries * seen.keys.square()))
-    even = energy.Seen(seen.queries, torch.ones(2, 64))
-    assert even.feedback().balance is None and torch.equal(even.feedback().matrix, plain.matrix)
+    found = seen(keys)
+    for bits in (2, 4):
+        its, plain = found.feedback(bits), found.unbalanced().feedback(bits)
+        assert plain.balance is None and torch.equal(plain.matrix, kvarn.feedback(found.queries))
+        assert torch.equal(its.matrix, kvarn.feedback(found.queries * its.balance.square()))

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from engine import Engine, first_difference
-from kvarn.hf.feedback import seen
+from kvarn import hf
 from kvarn.vllm import feedback, refuse
 from kvarn.vllm.refuse import Refused
 from test_layers import impls
@@ -23,12 +23,12 @@ def test_the_switch(monkeypatch):
         refuse.feedback_of(config(additional_config={"kvarn_feedback": "weights"}))
 
 
-def assert_as_in_transformers(folder, packed) -> None:
-    """The same as transformers finds, whose modules have other names, fusions and RoPE."""
+def assert_as_in_transformers(folder, packed, bits=lambda number: 4, **options) -> None:
+    """The same as transformers finds, whose modules have other names, fusions and RoPE. bits: of a layer's keys."""
     from transformers import AutoModelForCausalLM
 
-    found = seen(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    with Engine(folder, dtype="float32") as engine:
+    found = hf.feedback(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    with Engine(folder, dtype="float32", **options) as engine:
         runner = engine.llm.llm_engine.model_executor.driver_worker.model_runner
         layers = runner.vllm_config.compilation_config.static_forward_context
         kept = {extract_layer_index(name): getattr(layer.impl, "feedback", None) for name, layer in layers.items()}
@@ -37,13 +37,19 @@ def assert_as_in_transformers(folder, packed) -> None:
                 assert made.matrix is layer.kvarn_feedback and made.balance is layer.kvarn_balance
     assert {number for number, made in kept.items() if made is not None} == packed
     for number in packed:
-        expected = found[number].feedback()
+        expected = found[number].feedback(bits(number))
         assert torch.equal(kept[number].matrix.cpu(), expected.matrix)
+        assert (kept[number].balance is None) == (expected.balance is None)
         assert expected.balance is None or torch.equal(kept[number].balance.cpu(), expected.balance)
 
 
 def test_it_is_that_of_the_checkpoint(small_model):
     assert_as_in_transformers(small_model, {0, 1, 2, 3, 4, 5})
+
+
+def test_layers_of_their_own_have_that_of_their_bits(small_model):
+    own = {"additional_config": {"kvarn_layers": {"1-2": "kvarn_k2v2_g128"}}}
+    assert_as_in_transformers(small_model, {0, 1, 2, 3, 4, 5}, lambda number: 2 if number in (1, 2) else 4, **own)
 
 
 @pytest.mark.parametrize(("name", "packed"), [("qwen3", {0, 1}), ("gemma3", {3})])

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 import kvarn
-from kvarn.energy import Feedback
+from kvarn.energy import Seen
 from kvarn.eval.attention import Layer, exact
 from kvarn.rivals import Recent, Rival
 
@@ -37,12 +37,12 @@ class Packed:
 
     preset: str
     encoder: str
-    feedback: Mapping[int, Feedback] | None = None
+    feedback: Mapping[int, Seen] | None = None
 
     @cached_property
     def _feedback_digest(self) -> str | None:
-        tensors = [x for its in (self.feedback or {}).values() for x in its if x is not None]
-        made = b"".join(x.cpu().numpy().tobytes() for x in tensors)
+        tensors = [x for its in (self.feedback or {}).values() for x in (its.queries, its.keys)]
+        made = b"".join(x.numpy().tobytes() for x in tensors)
         return hashlib.sha256(made).hexdigest() if made else None
 
     def __repr__(self) -> str:
@@ -59,7 +59,9 @@ class Packed:
         starts = torch.tensor([0, tokens], dtype=torch.int32, device=k.device)
         counted = torch.zeros(1, dtype=torch.int64, device=k.device) if k.is_cuda else None
         step = layout, pages, table, lengths, starts
-        matrix, balance = self.feedback[layer.index].to(k.device) if self.feedback else (None, None)
+        matrix, balance = None, None
+        if self.feedback:
+            matrix, balance = self.feedback[layer.index].feedback(layout.k_bits).to(k.device)
         options = {"encoder": self.encoder, "feedback": matrix, "balance": balance}
         replaced = kvarn.append(*step, k, v, **options, replaced=counted)
         if replaced := counted.item() if k.is_cuda else replaced:

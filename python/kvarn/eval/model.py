@@ -9,7 +9,7 @@ import torch
 
 import kvarn
 from kvarn import hf
-from kvarn.energy import Feedback
+from kvarn.energy import Seen
 
 
 class Model:
@@ -51,7 +51,7 @@ class Model:
             self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(int(ends.contents()))
 
     @cache  # noqa: B019  (a run has one model)
-    def feedback(self, balanced: bool = True) -> dict[int, Feedback]:
+    def feedback(self, balanced: bool = True) -> dict[int, Seen]:
         return hf.feedback(self.net, balanced)
 
     @property

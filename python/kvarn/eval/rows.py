@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 
 import kvarn
-from kvarn.energy import Feedback
+from kvarn.energy import Seen
 from kvarn.eval.attention import Cache
 from kvarn.eval.caches import Layered, Packed, Plain, Simulated
 from kvarn.layer_numbers import by_number
@@ -41,7 +41,7 @@ def rows(
     full: Sequence[int],
     layers: int,
     only: str = "*",
-    feedback: Callable[[bool], Mapping[int, Feedback]] | None = None,
+    feedback: Callable[[bool], Mapping[int, Seen]] | None = None,
 ) -> list[Row]:
     """All rows whose name matches one of the patterns in `only` (shell wildcards, separated by ";").
 
@@ -84,7 +84,7 @@ def own_layers(
     full: Sequence[int],
     preset: str,
     layers: Mapping[str, str],
-    feedback: Mapping[int, Feedback],
+    feedback: Mapping[int, Seen],
 ) -> Row:
     """A model whose layers have presets of their own; preset, layers: as vLLM's flag and kvarn_layers have them.
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers import cache_utils as tf
 
-from kvarn.energy import Feedback
+from kvarn.energy import Seen
 from kvarn.layer_numbers import by_number
 
 from . import attention
@@ -37,7 +37,7 @@ class Cache(tf.Cache):
         preset: str = "kvarn_k4v2_g128",
         encoder: str = "weighted",
         layers: Mapping[int | str, str] | None = None,
-        feedback: Mapping[int, Feedback] | None = None,
+        feedback: Mapping[int, Seen] | None = None,
     ):
         layers, feedback = by_number(layers or {}), feedback or {}
         refuse(config, preset, encoder, layers)

@@ -11,8 +11,12 @@ from kvarn import energy
 _NAME = "kvarn_energy"
 
 
-def seen(model: PreTrainedModel) -> dict[int, energy.Seen]:
-    """By the number of a layer, see kvarn.energy: one forward pass of kvarn.energy.TOKENS tokens."""
+def feedback(model: PreTrainedModel, balanced: bool = True) -> dict[int, energy.Seen]:
+    """For Cache(.., feedback=..), by the number of a layer: one forward pass of kvarn.energy.TOKENS tokens. Make it
+    once for a model; it depends on nothing but the weights.
+
+    balanced  False: keys are not divided, and queries not multiplied, by how far keys deviate (kvarn.append, balance)
+    """
     found: dict[int, energy.Seen] = {}
 
     def attention(
@@ -35,10 +39,4 @@ def seen(model: PreTrainedModel) -> dict[int, energy.Seen]:
     finally:
         decoder._attn_implementation = before
         model.train(training)
-    return found
-
-
-def feedback(model: PreTrainedModel, balanced: bool = True) -> dict[int, energy.Feedback]:
-    """For Cache(.., feedback=..), by the number of a layer. Make it once for a model; it depends on nothing but the
-    weights. balanced: also divide keys and multiply queries by how far keys deviate (kvarn.append, balance)."""
-    return {layer: found.feedback(balanced) for layer, found in seen(model).items()}
+    return found if balanced else {layer: its.unbalanced() for layer, its in found.items()}

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 import kvarn
-from kvarn.energy import Feedback
+from kvarn.energy import Feedback, Seen
 
 from .rows import Rows, Step
 
@@ -51,16 +51,17 @@ class Layer(CacheLayerMixin):
 
     pages   uint8 [capacity, page_bytes], None before the first step
     layout  kvarn.Layout, None before the first step
-    feedback  kvarn.energy.Feedback, or None
+    feedback  kvarn.energy.Feedback, or None, and before the first step
     """
 
     is_sliding = False
     is_croppable = True  # what a step appended, if it is at most raw_tokens_per_page tokens
     supports_early_init = False
 
-    def __init__(self, preset: str, encoder: str, rows: Rows, feedback: Feedback | None = None):
+    def __init__(self, preset: str, encoder: str, rows: Rows, seen: Seen | None = None):
         super().__init__()
-        self.preset, self.encoder, self.rows, self.feedback = preset, encoder, rows, feedback
+        self.preset, self.encoder, self.rows, self._seen = preset, encoder, rows, seen
+        self.feedback: Feedback | None = None
         self.layout: kvarn.Layout | None = None
         self.pages: torch.Tensor | None = None
         self.columns = 0
@@ -73,7 +74,8 @@ class Layer(CacheLayerMixin):
             )
         self.layout = kvarn.Layout(self.preset, head_dim=key_states.shape[3], kv_heads=key_states.shape[1])
         self.pages = torch.empty((0, self.layout.page_bytes), dtype=torch.uint8, device=key_states.device)
-        self._move_feedback(key_states.device)
+        if self._seen is not None:
+            self.feedback = self._seen.feedback(self.layout.k_bits).to(key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[Pending, Pending]:
@@ -148,10 +150,7 @@ class Layer(CacheLayerMixin):
     def to(self, device: torch.device) -> None:
         if self.pages is not None:
             self.pages = self.pages.to(device)
-            self._move_feedback(device)
-
-    def _move_feedback(self, device: torch.device) -> None:
-        self.feedback = None if self.feedback is None else self.feedback.to(device)
+            self.feedback = self.feedback and self.feedback.to(device)
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         if isinstance(query_length, torch.Tensor):  # transformers 4 gives the positions of the queries

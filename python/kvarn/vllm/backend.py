@@ -148,9 +148,11 @@ class KvarnLayer(AttentionImpl):
 
     def repack(self, preset: str) -> type[KvarnBackend]:
         """Another preset than the one that this layer was built for, before it has a cache. Returns its backend."""
-        self.layout = kvarn.Layout(preset, head_dim=self.head_size, kv_heads=self.num_kv_heads)
-        self.kv_cache_dtype = preset
+        self.layout, self.kv_cache_dtype = self.layout_in(preset), preset
         return __getattr__(f"Backend_{preset}")
+
+    def layout_in(self, preset: str) -> kvarn.Layout:
+        return kvarn.Layout(preset, head_dim=self.head_size, kv_heads=self.num_kv_heads)
 
     def pages_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """uint8 [pages, page_bytes] of vLLM's view of the layer's cache (KvarnBackend.get_kv_cache_shape)."""

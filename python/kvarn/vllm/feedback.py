@@ -15,7 +15,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from kvarn import energy
 
-from . import refuse
+from . import layers, refuse
 from .backend import KvarnLayer
 
 logger = init_logger("vllm.kvarn")
@@ -27,13 +27,14 @@ def settle(model: torch.nn.Module, model_config) -> None:
     wanted = refuse.feedback_of(config) == "on" and refuse.encoder_of(config) == "weighted"
     if not wanted or model_config is not config.model_config:
         return
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    packed = [layer for layer in layers if isinstance(layer.impl, KvarnLayer)]
+    attention = [module for module in model.modules() if isinstance(module, Attention)]
+    packed = [layer for layer in attention if isinstance(layer.impl, KvarnLayer)]
     begun = time.perf_counter()
     try:
-        found = _seen(model, layers, config)
+        found = _seen(model, attention, config)
         for layer in packed:
-            made = found[layer].feedback().to(next(model.parameters()).device)
+            bits = layer.impl.layout_in(layers.preset_of(config, layer)).k_bits
+            made = found[layer].feedback(bits).to(next(model.parameters()).device)
             layer.register_buffer("kvarn_feedback", made.matrix, persistent=False)
             layer.register_buffer("kvarn_balance", made.balance, persistent=False)
             layer.impl.feedback = made

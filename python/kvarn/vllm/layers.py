@@ -32,6 +32,11 @@ def asked(config, preset: str) -> dict[int, str]:
     return found
 
 
+def preset_of(config, layer) -> str:
+    """The preset that a packed layer has or, before `settle`, will have."""
+    return asked(config, layer.kv_cache_dtype).get(_number(layer), layer.kv_cache_dtype)
+
+
 def settle(config, preset: str) -> None:
     """Gives the layers of `config`, which exist now, the presets that were asked for."""
     found = asked(config, preset)
