@@ -23,7 +23,7 @@ _TILE = 128
 # Channels that hardly deviate about a large mean are left as if they deviated by a 64th of it: raw tokens are f16.
 _OF_SIZE, _OF_MOST = 2.0**-12, 2.0**-20
 # K of fewer bits has every channel balanced, K of more only those that deviate so much more or less than most: with
-# small factors too, 4 bits lost 12 and 15 % on two of four models and won 18 % on one (docs/encoder-study.md).
+# small factors too, 4 bits lost 4 to 15 % on three of four models and won 18 % on one (docs/encoder-study.md).
 _MANY_BITS, _FAR = 4, 4.0
 
 

@@ -310,6 +310,7 @@ def test_report_has_every_row_and_the_ratios(tmp_path):
     assert "| kvarn_k4v2_g128 weighted | kvarn_k4v2_g128 varnorm | 0.40 [0.40, 0.40] | 0.40 [0.40, 0.40] |" in page
     svg = ElementTree.fromstring(picture.draw([result, {**result, "context": 8192}]))
     assert len(svg.findall("{*}circle")) == 6
+    assert len(ElementTree.fromstring(picture.draw([result], "*varnorm; q")).findall("{*}circle")) == 2
     with pytest.raises(ValueError, match="no row below"):
         picture.draw([made_up([("bf16", "16-bit", 16, 1)])])
 

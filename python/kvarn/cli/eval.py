@@ -118,6 +118,7 @@ def report(
     results: Annotated[list[Path], typer.Argument(help="JSON files of kvarn eval run and ask.")],
     markdown: Annotated[Path, typer.Option(help="The tables.")] = Path("eval.md"),
     svg: Annotated[Path, typer.Option(help="KL divergence against bits per value; texts only.")] = Path("eval.svg"),
+    draw: Annotated[str, typer.Option(help="Rows of the picture: names, wildcards allowed, by semicolons.")] = "*",
 ) -> None:
     """Tables and a picture of one or more runs."""
     from kvarn.eval import picture
@@ -128,7 +129,7 @@ def report(
         found = [stored.read(path) for path in results]
         markdown.write_text("\n".join(reporting.markdown(result) for result in found), encoding="utf-8")
         if texts := [result for result in found if "tasks" not in result]:
-            svg.write_text(picture.draw(texts), encoding="utf-8")
+            svg.write_text(picture.draw(texts, draw), encoding="utf-8")
     except (ValueError, OSError) as error:
         raise fail(error) from None
     out.print(f"written: {markdown}" + (f" and {svg}" if texts else ""), markup=False, highlight=False)

@@ -7,6 +7,7 @@ there is room, kvarn's to the left; those that had to move away are tied to thei
 """
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from html import escape
 from math import ceil, floor, log10
 
@@ -20,9 +21,13 @@ _COLOURS = {  # by the last word of kvarn's rows
 }  # fmt: skip
 
 
-def draw(results: Sequence[Mapping]) -> str:
-    """Rows of runs of the same model and length share a panel; of rows of the same name the first is drawn."""
+def draw(results: Sequence[Mapping], only: str = "*") -> str:
+    """Rows of runs of the same model and length share a panel; of rows of the same name the first is drawn, if it
+    matches one of the patterns in `only` (shell wildcards, separated by ";")."""
+    patterns = [pattern.strip() for pattern in only.split(";")]
     results = _panels(results)
+    for panel in results:
+        panel["rows"] = [row for row in panel["rows"] if any(fnmatchcase(row["name"], p) for p in patterns)]
     height = _HEIGHT * len(results)
     panels = "\n".join(_panel(result, _HEIGHT * number) for number, result in enumerate(results))
     return (
@@ -31,7 +36,7 @@ def draw(results: Sequence[Mapping]) -> str:
     )
 
 
-def _panels(results: Sequence[Mapping]) -> list[Mapping]:
+def _panels(results: Sequence[Mapping]) -> list[dict]:
     panels = {}
     for result in results:
         panel = panels.setdefault(
@@ -45,7 +50,7 @@ def _panels(results: Sequence[Mapping]) -> list[Mapping]:
 def _panel(result: Mapping, top: int) -> str:
     rows = [row for row in result["rows"] if row["bits_per_value"] <= _LAST_BITS and row["mean"]["value"] > 0]
     if not rows:
-        raise ValueError(f"{result['model']}: no row below {_LAST_BITS} bits per value to draw")
+        raise ValueError(f"{result['model']}: no row below {_LAST_BITS} bits per value to draw that was asked for")
     means = [row["mean"]["value"] for row in rows]
     low, high = floor(log10(min(means))), ceil(log10(max(means)))
     high = max(high, low + 1)
