@@ -42,6 +42,13 @@ def test_the_most_saved_for_a_bit(budget, chosen):
     assert list(choose(found, BITS, budget).values()) == chosen.split()
 
 
+def test_of_presets_alike_in_bytes_a_layer_begins_with_its_better_one():
+    found = {0: {"a": 5, "b": 4, "c": 1}, 1: {"a": 3, "b": 6, "c": 2}}
+    bits = {"a": 3.0, "b": 3.0, "c": 4.0}
+    assert choose(found, bits, 3) == {0: "b", 1: "a"}
+    assert choose(found, bits, 3.5) == {0: "c", 1: "a"}
+
+
 def test_no_budget_is_exceeded():
     draw = random.Random(4)
     for _ in range(50):

@@ -37,13 +37,14 @@ def smallest(bits: Mapping[str, float], budget: float) -> str:
 def choose(found: Losses, bits: Mapping[str, float], budget: float) -> dict[int, str]:
     """A preset for each layer: at most `budget` bits per value on average, and little loss.
 
-    bits  bits per value of each preset; the smallest is where every layer begins. Then, again and again, the step to
-          more bits that saves the most loss for a bit, as long as one fits.
+    bits  bits per value of each preset; every layer begins with the smallest, of several with the one that loses the
+          least there. Then, again and again, the step to more bits that saves the most loss for a bit, as long as one
+          fits.
     Raises ValueError where not even the smallest preset fits.
     """
-    base = smallest(bits, budget)
-    chosen = dict.fromkeys(found, base)
-    left = (budget - bits[base]) * len(found)
+    least = bits[smallest(bits, budget)]
+    chosen = {layer: min((name for name in bits if bits[name] == least), key=found[layer].get) for layer in found}
+    left = (budget - least) * len(found)
 
     def steps() -> Iterator[tuple[float, float, int, str]]:
         for layer, now in chosen.items():
