@@ -152,11 +152,11 @@ kvarn_status kvarn_workspace_bytes(const kvarn_layout* layout, int64_t tokens, i
  * feedback  NULL, or float [kv_heads][head_dim][head_dim] (KVARN_WEIGHTED only): K is rounded for the queries that will
  *           read it (section 6). Of a head's matrix what is above the diagonal counts, and any bits are allowed.
  *           Records depend on it: give a cache the same one for its whole life
- * balance   NULL, or float [kv_heads][head_dim], powers of two: k is divided by it, exactly. kvarn_attend of these
- * pages must have the same one, which multiplies q: no product changes, but K's steps do (section 2) replaced  NULL, or
- * where the number of replaced elements is stored: NaN becomes 0, and magnitudes above 65504 (infinities too) become
- * 65504 with their sign, so that nothing non-finite enters a page Errors    before any write; BAD_PAGE_INDEX when a
- * page that is needed lies outside the pool
+ * balance   NULL, or float [kv_heads][head_dim], powers of two: k is divided by it, exactly (section 2). kvarn_attend
+ *           of these pages must have the same one, which multiplies q: no product changes, but K's steps do
+ * replaced  NULL, or where the number of replaced elements is stored: NaN becomes 0, and magnitudes above 65504
+ *           (infinities too) become 65504 with their sign, so that nothing non-finite enters a page
+ * Errors    before any write; BAD_PAGE_INDEX when a page that is needed lies outside the pool
  */
 kvarn_status kvarn_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_batch* batch,
                           const kvarn_rows* k, const kvarn_rows* v, kvarn_encoder encoder, const float* feedback,

@@ -2,7 +2,7 @@
 """The model that is measured, on the device and in the dtype that it is measured in."""
 
 import hashlib
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -50,9 +50,17 @@ class Model:
         if (ends := fields.get_field("tokenizer.ggml.eos_token_id")) is not None:
             self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(int(ends.contents()))
 
-    @cache  # noqa: B019  (a run has one model)
     def feedback(self, balanced: bool = True) -> dict[int, Seen]:
-        return hf.feedback(self.net, balanced)
+        """kvarn.hf.feedback of the model, which runs once for both."""
+        return self._seen if balanced else self._unbalanced
+
+    @cached_property
+    def _seen(self) -> dict[int, Seen]:
+        return hf.feedback(self.net)
+
+    @cached_property
+    def _unbalanced(self) -> dict[int, Seen]:
+        return {layer: its.unbalanced() for layer, its in self._seen.items()}
 
     @property
     def device(self) -> torch.device:
