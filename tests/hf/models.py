@@ -60,7 +60,8 @@ def assert_same_answer(model, one: torch.Tensor, other: torch.Tensor) -> None:
         return
     first = int((one != other).nonzero()[0])
     likely = logits(model, one[None, :first], kvarn_cache(model.config))[0, -1].log_softmax(-1)
-    assert abs(likely[one[first]] - likely[other[first]]) < 0.05, f"token {first}: {one[first]} and {other[first]}"
+    apart = float(likely[one[first]] - likely[other[first]])
+    assert abs(apart) < 0.05, f"token {first}: {one[first]} and {other[first]} are {apart:.3f} apart"
 
 
 kvarn_cache = functools.partial(Cache, preset="kvarn_k4v2_g128")

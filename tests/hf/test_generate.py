@@ -56,7 +56,9 @@ def test_layers_of_other_presets(device):
     own.crop(-20)  # within what the smaller of the pages keep of 16 bits
     own.crop(-(380 - 256))
     again = torch.cat([logits(model, part, own) for part in ids[:, 256:].split(50, dim=1)], dim=1)
-    torch.testing.assert_close(again, mixed[:, 256:], rtol=1e-4, atol=1e-4)
+    # A GPU's matrix products round otherwise with fewer rows: some codes differ (4e-3 measured on an H200).
+    within = 1e-4 if device == "cpu" else 2e-2
+    torch.testing.assert_close(again, mixed[:, 256:], rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("kind", SERVED)

@@ -47,6 +47,8 @@ def chat(folder, device):
 
 
 def test_answers_alone_and_padded_and_with_drafts(model, chat):
+    if model.config.num_hidden_layers < 30:
+        pytest.skip("only the whole model knows the password")
     tokenizer, ids, mask = chat
     both = generate(model, ids, kvarn_cache(model.config, preset="kvarn_k4v4_g128"), mask=mask, new=24)
     exact = generate(model, ids, DynamicCache(config=model.config), mask=mask, new=24)
