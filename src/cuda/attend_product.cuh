@@ -45,13 +45,14 @@ __device__ inline uint2 load_words(const format::Plane& plane, const uint8_t* co
   return words;
 }
 
-// Field f and those below it; the only or the topmost field of a byte needs no mask.
+// Field f and those below it, at its own place; the only or the topmost field of a byte needs no mask.
 __device__ inline uint32_t nested(const format::Plane& plane, uint32_t word, int field) {
   const int bits = (field + 1) * plane.width;
   return bits == 8 ? word : word & ((1u << bits) - 1) * 0x01010101u;
 }
+// Field f alone, at its place: no shift, which would cost as much as the mask.
 __device__ inline uint32_t single(const format::Plane& plane, uint32_t word, int field) {
-  return word >> (field * plane.width) & ((1u << plane.width) - 1) * 0x01010101u;
+  return word & (((1u << plane.width) - 1) << (field * plane.width)) * 0x01010101u;
 }
 
 // 256 * high limb + low limb of row h and quad j, of what the MMAs of a row tile gave.
@@ -105,8 +106,11 @@ __device__ inline void product(const uint8_t* codes, const uint32_t (&operand)[k
         const int with_below = limbs(c[f], j, h);
         sums[j][f][h] = with_below - below;
         below = with_below;
-        if constexpr (M::two_planes)
-          sums[j][f][h] = (sums[j][f][h] >> (plane.width * f)) + (limbs(u[f], j, h) << plane.width);
+        if constexpr (M::two_planes) {
+          constexpr int kField = kBlock * M::fields % upper.row_fields;
+          const int by = plane.width - (kField + f) * upper.width, more = limbs(u[f], j, h);
+          sums[j][f][h] = (sums[j][f][h] >> (plane.width * f)) + (by >= 0 ? more << by : more >> -by);
+        }
       }
     }
 }
