@@ -12,11 +12,10 @@ KVARN_INLINE void widen(const uint8_t* record, int64_t offset, int length, float
 static void attend_packed(const kvarn_layout& layout, const uint8_t* record, const uint8_t* next,
                           const Columns& columns, float cap, Scratch& scratch) {
   const int tokens = layout.page_tokens, head_dim = layout.head_dim;
-  const bool few = columns.count <= kFoldColumns;
-  const Product scores_of = make_product(record + layout.k_codes, tokens, head_dim, layout.k_bits, few, scratch.k_codes,
-                                         next + layout.k_codes);
-  const Product parts_of = make_product(record + layout.v_codes, head_dim, tokens, layout.v_bits, few, scratch.v_codes,
-                                        next + layout.v_codes);
+  const Product scores_of = make_product(record + layout.k_codes, tokens, head_dim, layout.k_bits, columns.count,
+                                         scratch.k_codes, next + layout.k_codes);
+  const Product parts_of = make_product(record + layout.v_codes, head_dim, tokens, layout.v_bits, columns.count,
+                                        scratch.v_codes, next + layout.v_codes);
   for (int64_t i = layout.k_scale; i < layout.v_codes; i += 64) __builtin_prefetch(next + i);
   for (int64_t i = layout.v_channel; i < layout.record_bytes; i += 64) __builtin_prefetch(next + i);
 

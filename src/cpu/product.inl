@@ -69,7 +69,7 @@ struct Accumulators {
 };
 
 struct Product {
-  const uint8_t* codes;  // a plane in fragment order, or what unpack made of the planes
+  const uint8_t* codes;  // planes in fragment order, or what unpack made of them
   bool unpacked;
   int rows, columns, bits;
   const uint8_t* fetch;  // the next record's codes
@@ -102,31 +102,56 @@ struct Product {
     for (; block < rows / 16; ++block) run_bytes<kCount, kWide, 1>(block, operands, out);
   }
 
-  // Straight from one plane whose fields are all rows: the fields of a line are taken kBlocks at a time.
-  template <int kCount, int kWidth>
-  void run_plane(const Operand* operands, float* out) const {
+  // Line `step` of the row block that begins at `in`, of a plane.
+  KVARN_INLINE static I line_at(const uint8_t* in, int step) {
+    const I line = load_bytes(in + 64 * step);
+    return format::halves_exchanged(step) ? exchange_halves(line) : line;
+  }
+
+  // Fields field, field + 1, .. of a line; of a second plane, of one bit, those from `top` on are their top bits.
+  template <int kWidth, bool kTwoPlanes, int kBlocks>
+  KVARN_INLINE static void fields_of(const uint8_t* in, const uint8_t* tops, int step, int field, int top,
+                                     I (&lines)[kBlocks]) {
+    const I mask = set(static_cast<int32_t>(0x01010101u * ((1u << kWidth) - 1))), top_mask = set(0x01010101 << kWidth);
+    const I line = line_at(in, step);
+    KVARN_UNROLL
+    for (int b = 0; b < kBlocks; ++b) {
+      lines[b] = bit_and(shift_right(line, kWidth * (field + b)), mask);
+      if constexpr (kTwoPlanes) {
+        const I bits = line_at(tops, step);
+        const I moved = top + b < kWidth ? shift_left(bits, kWidth - top - b) : shift_right(bits, top + b - kWidth);
+        lines[b] = bit_or(lines[b], bit_and(moved, top_mask));
+      }
+    }
+  }
+
+  // Straight from planes whose fields are all rows: the fields of a line are taken kBlocks at a time. A line of a
+  // second plane has the top bits of kTogether row blocks.
+  template <int kCount, int kWidth, bool kTwoPlanes = false>
+  void run_planes(const Operand* operands, float* out) const {
     constexpr int kRowFields = 8 / kWidth, kBlocks = kRowBlocks < kRowFields ? kRowBlocks : kRowFields;
+    constexpr int kTogether = kTwoPlanes ? 8 / kRowFields : 1;
     constexpr bool kWide = kWidth == 8;
-    const I mask = set(static_cast<int32_t>(0x01010101u * ((1u << kWidth) - 1)));
     const int steps = columns / 4;
+    const uint8_t *in = codes, *tops = codes + rows * columns * kWidth / 8;
     int64_t done = 0;
-    for (int block = 0; block < rows / (16 * kRowFields); ++block) {
-      const uint8_t* in = codes + 64 * block * steps;
+    for (int first = 0; first < rows; first += 128 / kWidth * kTogether, tops += 64 * steps) {
       KVARN_UNROLL
-      for (int field = 0; field < kRowFields; field += kBlocks, done += steps) {
-        Accumulators<kCount, kWide, kBlocks> sums;
-        for (int s = 0; s < steps; s += 4) {
-          KVARN_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            prefetch<kWide>(done + s + i);
-            I line = load_bytes(in + 64 * (s + i)), lines[kBlocks];
-            if (format::halves_exchanged(i)) line = exchange_halves(line);
+      for (int k = 0; k < kTogether; ++k, in += 64 * steps) {
+        KVARN_UNROLL
+        for (int field = 0; field < kRowFields; field += kBlocks, done += steps) {
+          Accumulators<kCount, kWide, kBlocks> sums;
+          for (int s = 0; s < steps; s += 4) {
             KVARN_UNROLL
-            for (int b = 0; b < kBlocks; ++b) lines[b] = bit_and(shift_right(line, kWidth * (field + b)), mask);
-            sums.add_step(lines, operands, s + i);
+            for (int i = 0; i < 4; ++i) {
+              I lines[kBlocks];
+              prefetch<kWide>(done + s + i);
+              fields_of<kWidth, kTwoPlanes>(in + 64 * s, tops + 64 * s, i, field, kRowFields * k + field, lines);
+              sums.add_step(lines, operands, s + i);
+            }
           }
+          sums.finish(operands, out + first + 16 * (kRowFields * k + field), rows);
         }
-        sums.finish(operands, out + 16 * (block * kRowFields + field), rows);
       }
     }
   }
@@ -134,9 +159,10 @@ struct Product {
   template <int kCount>
   void run(const Operand* operands, float* out) const {
     if (unpacked) return bits == 8 ? run_bytes<kCount, true>(operands, out) : run_bytes<kCount, false>(operands, out);
-    if (bits == 8) return run_plane<kCount, 8>(operands, out);
-    if (bits == 4) return run_plane<kCount, 4>(operands, out);
-    return run_plane<kCount, 2>(operands, out);
+    if (bits == 8) return run_planes<kCount, 8>(operands, out);
+    if (bits == 4) return run_planes<kCount, 4>(operands, out);
+    if (bits == 3) return run_planes<kCount, 2, true>(operands, out);
+    return run_planes<kCount, 2>(operands, out);
   }
   void operator()(const Operand* operands, int count, float* out) const {
     for (; count >= kColumnBlock; count -= kColumnBlock, operands += kColumnBlock, out += kColumnBlock * rows)
@@ -147,12 +173,13 @@ struct Product {
   }
 };
 
-// Up to kFoldColumns columns read the codes once, so they take them from the plane; more columns share an unpacked
-// copy.
-static Product make_product(const uint8_t* codes, int rows, int columns, int bits, bool few, uint8_t* bytes,
+// For `count` operands. A few take the codes from their plane, or from two planes if one pass over them does; more of
+// them share an unpacked copy.
+static Product make_product(const uint8_t* codes, int rows, int columns, int bits, int count, uint8_t* bytes,
                             const uint8_t* fetch) {
   const format::Planes planes = format::make_planes(rows, columns, bits);
-  const bool direct = few && planes.count == 1 && planes.plane[0].column_fields == 1;
+  const int few = planes.count == 1 ? kFoldColumns : kColumnBlock;
+  const bool direct = count <= few && planes.plane[planes.count - 1].column_fields == 1;
   if (!direct) unpack(codes, rows, columns, bits, bytes);
   return {direct ? codes : bytes, !direct, rows, columns, bits, fetch};
 }
