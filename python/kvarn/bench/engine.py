@@ -60,14 +60,18 @@ def machine() -> dict:
     return {"device": device, "vllm": vllm.__version__}
 
 
-class Capacity(logging.Handler):
-    """Listens to vLLM for how many tokens fit: it says so in every release, and counts the pages ahead of requests."""
+class Capacity(logging.Filter):
+    """Listens to vLLM for how many tokens fit: it says so in every release, and counts the pages ahead of requests.
+
+    A filter of the logger that says it: 0.32 and later take every handler away when an engine starts.
+    """
 
     tokens: int | None = None
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         if found := re.search(r"KV cache size: ([\d,]+) tokens", record.getMessage()):
             self.tokens = int(found[1].replace(",", ""))
+        return True
 
 
 def start(asked: dict, capacity: Capacity):
@@ -75,7 +79,7 @@ def start(asked: dict, capacity: Capacity):
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
-    logging.getLogger("vllm").addHandler(capacity)
+    logging.getLogger("vllm.v1.core.kv_cache_utils").addFilter(capacity)
 
     options = {
         "enable_prefix_caching": False,

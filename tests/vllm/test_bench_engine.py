@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `kvarn bench serve` hears from the vLLM that is installed, in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from engine import ON_GPU, PRESET
+
+
+@pytest.mark.parametrize("dtype", ["auto", PRESET])
+def test_how_many_tokens_fit(small_model, dtype):
+    options = {"max_model_len": 512, "kv_cache_memory_bytes": 1 << 26, "enforce_eager": True, "compilation_config": {}}
+    if ON_GPU:
+        options["gpu_memory_utilization"] = 0.05  # others are there
+    asked = {"model": str(small_model), "kv_cache_dtype": dtype, "mixes": [[2, 40, 2]], "options": options}
+    ran = subprocess.run(
+        [sys.executable, "-m", "kvarn.bench.engine", json.dumps(asked)], capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    start, mix = map(json.loads, ran.stdout.splitlines())
+    assert start["fit_tokens"] > 512
+    assert mix["step_ms"] > 0
