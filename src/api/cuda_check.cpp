@@ -23,11 +23,9 @@ bool aligned(const void* pointer, uintptr_t to) { return reinterpret_cast<uintpt
 kvarn_status check_shape(const kvarn_layout* layout) {
   KVARN_TRY(check_layout(layout));
   if (!has_kernels(*layout))
-    return fail(
-        KVARN_BAD_LAYOUT,
-        "k%dv%d_g%d with head_dim %d has no CUDA kernels; allowed: k8v4, k4v4, k4v3, k3v3, k4v2, k2v2, each _g128 or "
-        "_g64, with head_dim 64, 96, 128 or 256",
-        layout->k_bits, layout->v_bits, layout->page_tokens, layout->head_dim);
+    return fail(KVARN_BAD_LAYOUT,
+                "k%dv%d_g%d with head_dim %d has no CUDA kernels; allowed: %seach _g128 or _g64, with head_dim%s",
+                layout->k_bits, layout->v_bits, layout->page_tokens, layout->head_dim, kPresetNames, kHeadDimNames);
   return KVARN_OK;
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The shapes that have CUDA kernels, as compile-time constants: one table, from which dispatch is made.
+// The shapes that have CUDA kernels, as compile-time constants.
 #pragma once
 
 #include "format/fragment.hpp"
@@ -17,16 +17,23 @@ struct Shape {
   static constexpr format::Planes v_planes = format::make_planes(HeadDim, PageTokens, VBits);
 };
 
-// Calls body(Shape<...>{}) for the layout's shape; false if there are no kernels for it.
-#define KVARN_CUDA_PRESETS(X) X(4, 2) X(4, 3) X(4, 4) X(3, 3) X(2, 2) X(8, 4)
-#define KVARN_CUDA_HEAD_DIMS(X, ...) X(64, __VA_ARGS__) X(96, __VA_ARGS__) X(128, __VA_ARGS__) X(256, __VA_ARGS__)
+// What there are kernels for, in tiles of 128 and of 64 tokens. cmake/Cuda.cmake reads these two lines.
+#define KVARN_CUDA_PRESETS(X) X(8, 4) X(4, 4) X(4, 3) X(3, 3) X(4, 2) X(2, 2)
+#define KVARN_CUDA_HEAD_DIMS(X) X(64) X(96) X(128) X(256)
 
 constexpr bool has_kernels(const kvarn_layout& l) {
-  bool preset = false;
-#define KVARN_MATCH(k, v) preset = preset || (l.k_bits == k && l.v_bits == v);
-  KVARN_CUDA_PRESETS(KVARN_MATCH)
-#undef KVARN_MATCH
-  return preset && (l.head_dim == 64 || l.head_dim == 96 || l.head_dim == 128 || l.head_dim == 256);
+#define KVARN_PRESET(k, v) || (l.k_bits == k && l.v_bits == v)
+#define KVARN_HEAD_DIM(d) || l.head_dim == d
+  return (false KVARN_CUDA_PRESETS(KVARN_PRESET)) && (false KVARN_CUDA_HEAD_DIMS(KVARN_HEAD_DIM));
+#undef KVARN_PRESET
+#undef KVARN_HEAD_DIM
 }
+// "k8v4, .., " and " 64 ..", for messages.
+#define KVARN_PRESET(k, v) "k" #k "v" #v ", "
+#define KVARN_HEAD_DIM(d) " " #d
+inline constexpr const char *kPresetNames = KVARN_CUDA_PRESETS(KVARN_PRESET),
+                            *kHeadDimNames = KVARN_CUDA_HEAD_DIMS(KVARN_HEAD_DIM);
+#undef KVARN_PRESET
+#undef KVARN_HEAD_DIM
 
 }  // namespace kvarn::cuda
