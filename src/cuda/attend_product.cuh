@@ -108,6 +108,7 @@ __device__ inline void product(const uint8_t* codes, const uint32_t (&operand)[k
         below = with_below;
         if constexpr (M::two_planes) {
           constexpr int kField = kBlock * M::fields % upper.row_fields;
+          // The upper product is as many bits too large as its field lies high, and counts 2^width: one shift, exact.
           const int by = plane.width - (kField + f) * upper.width, more = limbs(u[f], j, h);
           sums[j][f][h] = (sums[j][f][h] >> (plane.width * f)) + (by >= 0 ? more << by : more >> -by);
         }
