@@ -28,17 +28,22 @@ static void pack(const uint8_t* codes, int rows, int columns, int bits, uint8_t*
   }
 }
 
+// Line `step` of the row block that begins at `in`, its halves in order.
+KVARN_INLINE I line_at(const uint8_t* in, int step) {
+  const I line = load_bytes(in + format::kLineBytes * step);
+  return format::halves_exchanged(step) ? exchange_halves(line) : line;
+}
+
 // Fragment order -> bytes [rows / 16][columns / 4][16 rows][4 columns as word_byte]: 64 codes in one register, for dot.
 template <int kWidth, int kRowFields, bool kFirst>
 static void unpack_plane(const uint8_t* in, const format::Plane& plane, uint8_t* codes) {
   constexpr int kColumnFields = 8 / kWidth / kRowFields;
   const I mask = set(static_cast<int32_t>(0x01010101u * ((1u << kWidth) - 1)));
   const int quads = plane.steps * kColumnFields;
-  for (int block = 0; block < plane.blocks; ++block) {
+  for (int block = 0; block < plane.blocks; ++block, in += format::kLineBytes * plane.steps) {
     uint8_t* to = codes + 64 * block * kRowFields * quads;
-    for (int step = 0; step < plane.steps; ++step, in += format::kLineBytes, to += 64 * kColumnFields) {
-      I line = load_bytes(in);
-      if (format::halves_exchanged(step)) line = exchange_halves(line);
+    for (int step = 0; step < plane.steps; ++step, to += 64 * kColumnFields) {
+      const I line = line_at(in, step);
       KVARN_UNROLL
       for (int field = 0; field < kColumnFields * kRowFields; ++field) {
         const I bits = bit_and(shift_right(line, kWidth * field), mask);

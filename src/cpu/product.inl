@@ -102,56 +102,48 @@ struct Product {
     for (; block < rows / 16; ++block) run_bytes<kCount, kWide, 1>(block, operands, out);
   }
 
-  // Line `step` of the row block that begins at `in`, of a plane.
-  KVARN_INLINE static I line_at(const uint8_t* in, int step) {
-    const I line = load_bytes(in + 64 * step);
-    return format::halves_exchanged(step) ? exchange_halves(line) : line;
-  }
-
-  // Fields field, field + 1, .. of a line; of a second plane, of one bit, those from `top` on are their top bits.
+  // Fields field, field + 1, .. of the row blocks that share a line of the second plane, which is of one bit, the top
+  // one.
   template <int kWidth, bool kTwoPlanes, int kBlocks>
-  KVARN_INLINE static void fields_of(const uint8_t* in, const uint8_t* tops, int step, int field, int top,
-                                     I (&lines)[kBlocks]) {
+  KVARN_INLINE static void fields_of(const uint8_t* in, const uint8_t* tops, int step, int field, I (&lines)[kBlocks]) {
     const I mask = set(static_cast<int32_t>(0x01010101u * ((1u << kWidth) - 1))), top_mask = set(0x01010101 << kWidth);
     const I line = line_at(in, step);
     KVARN_UNROLL
     for (int b = 0; b < kBlocks; ++b) {
-      lines[b] = bit_and(shift_right(line, kWidth * (field + b)), mask);
+      const int at = field + b;
+      lines[b] = bit_and(shift_right(line, kWidth * at % 8), mask);
       if constexpr (kTwoPlanes) {
-        const I bits = line_at(tops, step);
-        const I moved = top + b < kWidth ? shift_left(bits, kWidth - top - b) : shift_right(bits, top + b - kWidth);
+        const I top = line_at(tops, step);
+        const I moved = at < kWidth ? shift_left(top, kWidth - at) : shift_right(top, at - kWidth);
         lines[b] = bit_or(lines[b], bit_and(moved, top_mask));
       }
     }
   }
 
-  // Straight from planes whose fields are all rows: the fields of a line are taken kBlocks at a time. A line of a
-  // second plane has the top bits of kTogether row blocks.
+  // Straight from planes whose fields are all rows: the fields of a line are taken kBlocks at a time.
   template <int kCount, int kWidth, bool kTwoPlanes = false>
   void run_planes(const Operand* operands, float* out) const {
-    constexpr int kRowFields = 8 / kWidth, kBlocks = kRowBlocks < kRowFields ? kRowBlocks : kRowFields;
-    constexpr int kTogether = kTwoPlanes ? 8 / kRowFields : 1;
+    constexpr int kRowFields = 8 / kWidth, kFields = kTwoPlanes ? 8 : kRowFields;
+    constexpr int kBlocks = kRowBlocks < kRowFields ? kRowBlocks : kRowFields;
     constexpr bool kWide = kWidth == 8;
-    const int steps = columns / 4;
+    const int steps = columns / 4, block = format::kLineBytes * steps;  // bytes of a row block
     const uint8_t *in = codes, *tops = codes + rows * columns * kWidth / 8;
     int64_t done = 0;
-    for (int first = 0; first < rows; first += 128 / kWidth * kTogether, tops += 64 * steps) {
+    for (int row = 0; row < rows; row += 16 * kFields, in += kFields / kRowFields * block, tops += block) {
       KVARN_UNROLL
-      for (int k = 0; k < kTogether; ++k, in += 64 * steps) {
-        KVARN_UNROLL
-        for (int field = 0; field < kRowFields; field += kBlocks, done += steps) {
-          Accumulators<kCount, kWide, kBlocks> sums;
-          for (int s = 0; s < steps; s += 4) {
-            KVARN_UNROLL
-            for (int i = 0; i < 4; ++i) {
-              I lines[kBlocks];
-              prefetch<kWide>(done + s + i);
-              fields_of<kWidth, kTwoPlanes>(in + 64 * s, tops + 64 * s, i, field, kRowFields * k + field, lines);
-              sums.add_step(lines, operands, s + i);
-            }
+      for (int field = 0; field < kFields; field += kBlocks, done += steps) {
+        const uint8_t* from = in + field / kRowFields * block;
+        Accumulators<kCount, kWide, kBlocks> sums;
+        for (int s = 0; s < steps; s += 4) {
+          KVARN_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            I lines[kBlocks];
+            prefetch<kWide>(done + s + i);
+            fields_of<kWidth, kTwoPlanes>(from + 64 * s, tops + 64 * s, i, field, lines);
+            sums.add_step(lines, operands, s + i);
           }
-          sums.finish(operands, out + first + 16 * (kRowFields * k + field), rows);
         }
+        sums.finish(operands, out + row + 16 * field, rows);
       }
     }
   }
