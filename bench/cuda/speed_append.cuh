@@ -12,6 +12,7 @@ struct AppendCase {
   int rows;
   std::vector<int32_t> lengths;  // after the step
   bool feed = false;             // with feedback
+  int layers = 0;                // > 0: what so many layers left to pack
 };
 
 inline std::vector<AppendCase> append_cases() {
@@ -25,6 +26,12 @@ inline std::vector<AppendCase> append_cases() {
           {"prefill, 128 tiles complete, feedback", 16384, {16384}, true},
           {"decode, 128 of 128 tiles complete, feedback", 1, lengths(128, 128), true},
           {"decode, 1 of 1 tiles complete, feedback", 1, lengths(1, 1), true},
+          {"36 layers, 1 tile, feedback", 1, lengths(1, 1), true, 36},
+          {"36 layers, 2 tiles, feedback", 1, lengths(2, 2), true, 36},
+          {"36 layers, 4 tiles, feedback", 1, lengths(4, 4), true, 36},
+          {"36 layers, 16 tiles, feedback", 1, lengths(16, 16), true, 36},
+          {"36 layers, 1 tile", 1, lengths(1, 1), false, 36},
+          {"36 layers, no tile, feedback", 1, lengths(32, 0), true, 36},
           {"decode, 8 of 8 tiles complete", 1, lengths(8, 8)},
           {"decode, 1 of 1 tiles complete", 1, lengths(1, 1)},
           {"decode, 1 of 32 tiles complete", 1, lengths(32, 1)},
@@ -77,8 +84,12 @@ class HostCache {
 };
 
 // What a step has to move: its k and v in, raw tokens that stay, and of every completed tile the older raw tokens in
-// and the records out.
+// and the records out; or pack, raw tokens in and records out.
 inline int64_t moved_bytes(const kvarn_layout& l, const AppendCase& c) {
+  if (c.layers > 0) {
+    const int64_t tiles = std::ranges::count_if(c.lengths, [&](int32_t n) { return n % l.page_tokens == 0; });
+    return c.layers * l.kv_heads * tiles * (l.record_bytes + 4 * l.page_tokens * l.head_dim);
+  }
   int64_t raw_tokens = 0, records = 0, rows = 0;
   for (int32_t length : c.lengths) {
     const int32_t start = length - c.rows;
@@ -96,6 +107,7 @@ inline void append_checked(Bench& bench, const char* preset, int head_dim, int k
   const Shape shape{preset, head_dim, 0, kv_heads, static_cast<int>(c.lengths.size()), c.rows};
   const kvarn_layout layout = layout_of(shape);
   const Step step(layout, c.lengths, c.rows, bench.pool, bench.pool_bytes, 64);
+  if (c.layers > step.layers()) throw std::runtime_error("the pool is too small for these layers");
   const Workspace memory(layout, step.tokens(), step.requests(), 0, step.max_length());
   const kvarn_cuda_workspace workspace = memory;
 
@@ -114,16 +126,22 @@ inline void append_checked(Bench& bench, const char* preset, int head_dim, int k
       v(step.tokens(), kv_heads, head_dim, KVARN_BFLOAT16, 4);
   const kvarn_cuda_step device_step = step.step();
   const kvarn_rows k_rows = k.in(), v_rows = v.in();
-  check(kvarn_cuda_plan(&layout, &device_step, 0, 0, &workspace, nullptr), "plan");
+  check(kvarn_cuda_plan(&layout, &device_step, 0, 0, c.layers > 0, &workspace, nullptr), "plan");
   check(cudaDeviceSynchronize(), "plan");
   const std::vector<float> matrices = timed::feedback(kv_heads, head_dim);
   const Device<float> on_device(matrices);
   const float* feedback = c.feed ? on_device.data() : nullptr;
-  const auto launch = [&](cudaStream_t stream, int layer) {
+  std::vector<kvarn_cuda_layer> layers;
+  for (int layer = 0; layer < c.layers; ++layer) layers.push_back({step.pages(layer), feedback});
+  const auto append = [&](cudaStream_t stream, int layer) {
     const kvarn_pages pages = step.pages(layer);
     check(kvarn_cuda_append(&layout, &pages, &device_step, &k_rows, &v_rows, KVARN_WEIGHTED, feedback, nullptr, nullptr,
                             &workspace, stream),
           "append");
+  };
+  const auto launch = [&](cudaStream_t stream, int layer) {
+    if (c.layers == 0) return append(stream, layer);
+    check(kvarn_cuda_pack(&layout, layers.data(), c.layers, &device_step, KVARN_WEIGHTED, &workspace, stream), "pack");
   };
   host.append(starts, c.lengths, k.host(), v.host(), c.feed ? matrices.data() : nullptr);
   const auto compare = [&](int layer, const char* when) {
@@ -132,22 +150,25 @@ inline void append_checked(Bench& bench, const char* preset, int head_dim, int k
     if (std::memcmp(got.data(), host.data(), got.size()) != 0)
       throw std::runtime_error(std::string("the pages are not the CPU's ") + when);
   };
+  for (int layer = 0; layer < c.layers; ++layer) append(nullptr, layer);
   launch(nullptr, 0);
   check(cudaDeviceSynchronize(), "append");
-  compare(0, "after one step");
+  for (int layer = 0; layer < std::max(1, c.layers); ++layer) compare(layer, "after one step");
   if (!bench.timed) return;
 
-  const int launches = c.rows > 1000 ? 8 : std::max(step.layers(), 8), last = (launches - 1) % step.layers();
+  const int launches = c.rows > 1000 || c.layers > 0 ? 8 : std::max(step.layers(), 8),
+            last = (launches - 1) % step.layers();
   const Timing timing = time_graph(launches, launch);
   compare(last, "after the timed steps");
-  bench.report("append", preset,
+  bench.report(c.layers > 0 ? "pack" : "append", preset,
                std::string(c.name) + ", " + std::to_string(kv_heads) + " heads D" + std::to_string(head_dim) +
                    ", batch " + std::to_string(c.lengths.size()),
                c.rows, "", timing, moved_bytes(layout, c), 0);
 }
 
 inline void append(Bench& bench, const char* preset, int head_dim, int kv_heads, const AppendCase& c) {
-  bench.run(std::string("append ") + preset + " " + c.name + " " + std::to_string(c.lengths.size()),
+  bench.run((c.layers > 0 ? "pack " : "append ") + std::string(preset) + " " + c.name + " " +
+                std::to_string(c.lengths.size()),
             [&] { append_checked(bench, preset, head_dim, kv_heads, c); });
 }
 

@@ -42,7 +42,7 @@ struct Attention {
     step.fill(1);
   }
   void plan(cudaStream_t stream) const {
-    check(kvarn_cuda_plan(&layout, &device_step, query_heads, 0, &workspace, stream), "plan");
+    check(kvarn_cuda_plan(&layout, &device_step, query_heads, 0, 0, &workspace, stream), "plan");
   }
   void attend(cudaStream_t stream, int layer) const {
     const kvarn_pages pages = step.pages(layer);

@@ -12,7 +12,12 @@ import json
 from pathlib import Path
 
 # Which file a benchmark's lines go to.
-FILES = {"append": "cuda-append.jsonl", "expand": "cuda-expand.jsonl", "prefill": "cuda-expand.jsonl"}
+FILES = {
+    "append": "cuda-append.jsonl",
+    "pack": "cuda-append.jsonl",
+    "expand": "cuda-expand.jsonl",
+    "prefill": "cuda-expand.jsonl",
+}
 # Microseconds at most that the project set itself, one row, random tails, k4v2_g128, on an H200.
 ATTEND_US = {
     "32x8192 32/8 D128": 60,

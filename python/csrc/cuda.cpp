@@ -93,25 +93,39 @@ int64_t workspace_bytes(const kvarn_layout& layout, const Limits& limits, int de
   return bytes;
 }
 
-void plan(const kvarn_layout& layout, const Step& step, int32_t query_heads, int32_t window, const Workspace& workspace,
-          const Queue& queue) {
+void plan(const kvarn_layout& layout, const Step& step, int32_t query_heads, int32_t window, bool defer,
+          const Workspace& workspace, const Queue& queue) {
   const kvarn_cuda_step this_step = step_of(step);
   const kvarn_cuda_workspace space = workspace_of(workspace);
-  check(kvarn_cuda_plan(&layout, &this_step, query_heads, window, &space, stream_of(queue)));
+  check(kvarn_cuda_plan(&layout, &this_step, query_heads, window, defer ? 1 : 0, &space, stream_of(queue)));
+}
+
+kvarn_encoder encoder_of(const std::string& name) {
+  if (name != "weighted" && name != "varnorm")
+    throw nb::value_error(("encoder \"" + name + "\" is unknown; allowed: weighted, varnorm").c_str());
+  return name == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED;
 }
 
 void append(const kvarn_layout& layout, const Pages& pages, const Step& step, const Rows& k, const Rows& v,
             const std::string& encoder, Address feedback, Address balance, Address replaced, const Workspace& workspace,
             const Queue& queue) {
-  if (encoder != "weighted" && encoder != "varnorm")
-    throw nb::value_error(("encoder \"" + encoder + "\" is unknown; allowed: weighted, varnorm").c_str());
   const kvarn_pages pool = pages_of(pages);
   const kvarn_cuda_step this_step = step_of(step);
   const kvarn_rows k_rows = in(k), v_rows = in(v);
   const kvarn_cuda_workspace space = workspace_of(workspace);
-  check(kvarn_cuda_append(&layout, &pool, &this_step, &k_rows, &v_rows,
-                          encoder == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED, pointer<const float>(feedback),
-                          pointer<const float>(balance), pointer<int64_t>(replaced), &space, stream_of(queue)));
+  check(kvarn_cuda_append(&layout, &pool, &this_step, &k_rows, &v_rows, encoder_of(encoder),
+                          pointer<const float>(feedback), pointer<const float>(balance), pointer<int64_t>(replaced),
+                          &space, stream_of(queue)));
+}
+
+void pack(const kvarn_layout& layout, const std::vector<std::tuple<Pages, Address>>& layers, const Step& step,
+          const std::string& encoder, const Workspace& workspace, const Queue& queue) {
+  std::vector<kvarn_cuda_layer> all;
+  for (const auto& [pages, feedback] : layers) all.push_back({pages_of(pages), pointer<const float>(feedback)});
+  const kvarn_cuda_step this_step = step_of(step);
+  const kvarn_cuda_workspace space = workspace_of(workspace);
+  check(kvarn_cuda_pack(&layout, all.data(), static_cast<int32_t>(all.size()), &this_step, encoder_of(encoder), &space,
+                        stream_of(queue)));
 }
 
 void attend(const kvarn_layout& layout, const Pages& pages, const Step& step, const Rows& q, const Rows& result,
@@ -179,6 +193,7 @@ void kvarn::python::add_cuda(nb::module_& m) {
   m.def("cuda_workspace_bytes", workspace_bytes);
   m.def("cuda_plan", plan);
   m.def("cuda_append", append);
+  m.def("cuda_pack", pack);
   m.def("cuda_attend", attend);
   m.def("cuda_expand", expand);
   m.def("cuda_rotate", rotate);

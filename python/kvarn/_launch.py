@@ -20,15 +20,15 @@ def core_layout(preset: str, head_dim: int, kv_heads: int):
     return _core.layout(preset, head_dim, kv_heads)
 
 
-def plan(core, workspace, limits, step, query_heads: int, window: int) -> None:
+def plan(core, workspace, limits, step, query_heads: int, window: int, defer: bool) -> None:
     """step: what `step` below makes."""
     with on(workspace.device):
-        _core.cuda_plan(core, step, query_heads, window, space(workspace, limits), queue(workspace.device))
+        _core.cuda_plan(core, step, query_heads, window, defer, space(workspace, limits), queue(workspace.device))
 
 
 def append(core, workspace, limits, step, pages, k, v, encoder: str, feedback, balance, replaced) -> None:
     device = workspace.device
-    matrices = floats("feedback", feedback, [core.kv_heads, core.head_dim, core.head_dim], device)
+    matrices = matrices_of(core, feedback, device)
     divisors = floats("balance", balance, [core.kv_heads, core.head_dim], device)
     count = 0 if replaced is None else want("replaced", replaced, torch.int64, None, device).data_ptr()
     if replaced is not None and replaced.numel() < 1:
@@ -39,6 +39,20 @@ def append(core, workspace, limits, step, pages, k, v, encoder: str, feedback, b
         _core.cuda_append(
             core, *memory, k_rows, v_rows, encoder, matrices, divisors, count, space(workspace, limits), queue(device)
         )  # fmt: skip
+
+
+def pack(core, workspace, limits, step, layers, encoder: str) -> None:
+    """layers: what `layers` below makes."""
+    with on(workspace.device):
+        _core.cuda_pack(core, layers, step, encoder, space(workspace, limits), queue(workspace.device))
+
+
+def layers(core, pages, feedback, device) -> list[tuple]:
+    if len(pages) != len(feedback):
+        raise ValueError(f"{len(pages)} layers have pages and {len(feedback)} feedback; give None for those without")
+    return [
+        (pool(core, p, device), matrices_of(core, b, device)) for p, b in zip(pages, feedback, strict=True)
+    ]  # fmt: skip
 
 
 def attend(core, workspace, limits, step, pages, q, out, scale, soft_cap, window: int, sinks, balance) -> None:
@@ -103,6 +117,10 @@ def vector(name: str, x, dtype, length: int, device) -> int:
     if length > 1 and x.stride(0) != 1:
         raise ValueError(f"{name} must be contiguous")
     return x.data_ptr()
+
+
+def matrices_of(core, feedback, device) -> int:
+    return floats("feedback", feedback, [core.kv_heads, core.head_dim, core.head_dim], device)
 
 
 def floats(name: str, x, shape: list[int], device) -> int:

@@ -9,6 +9,9 @@ Per step, for all layers that have the same layout, query heads and window:
         kvarn.append(layout, pages[layer], block_table, seq_lens, query_starts, k, v, plan=plan)
         kvarn.attend(layout, pages[layer], block_table, seq_lens, query_starts, q, scale=scale, plan=plan, out=out)
 
+With plan(.., defer=True) the tiles that a step completes and does not read are packed for all layers at once, which
+takes a fraction of the time: kvarn.cuda.pack(plan, kvarn.cuda.Layers(layout, pages)) then ends the step.
+
 All of it runs on torch's current stream and none of it waits for the device, so that a step can be captured into a CUDA
 graph, whose replay with other lengths, tables and rows in the same tensors is right. torch.compile sees operators of
 torch's own kind (kvarn.torch_ops). Tables and lengths are on the device, where nothing can be raised: a request that
@@ -61,16 +64,18 @@ class Plan:
     """A step that `plan` has worked out on the device: pass it to append and attend of every layer of the step."""
 
     __slots__ = (
-        "_step", "block_table", "layout", "max_query_len", "query_heads", "query_starts", "seq_lens", "slots", "tokens",
-        "window", "workspace",
+        "_step", "block_table", "defer", "layout", "max_query_len", "query_heads", "query_starts", "seq_lens", "slots",
+        "tokens", "window", "workspace",
     )  # fmt: skip
 
     def __init__(
-        self, layout, block_table, seq_lens, query_starts, slots, tokens, query_heads, max_query_len, window, workspace
-    ):
+        self, layout, block_table, seq_lens, query_starts, slots, tokens, query_heads, max_query_len, window, defer,
+        workspace,
+    ):  # fmt: skip
         self.layout, self.workspace, self._step = layout, workspace, None
         self.block_table, self.seq_lens, self.query_starts, self.slots = block_table, seq_lens, query_starts, slots
         self.tokens, self.query_heads, self.max_query_len, self.window = tokens, query_heads, max_query_len, window
+        self.defer = defer
 
     def step(self, block_table=None) -> tuple:
         """For _launch; with another layer's block table, if one is given."""
@@ -97,6 +102,7 @@ def plan(
     query_heads: int = 0,
     max_query_len: int | None = None,
     window: int = 0,
+    defer: bool = False,
     slots=None,
     workspace: CudaWorkspace | None = None,
 ) -> Plan:
@@ -107,6 +113,7 @@ def plan(
     query_heads    of q; 0: append only
     max_query_len  no request has more rows in this step; None: `tokens`
     window         0 (off), or how many tokens a row sees, its own included; attend of the step uses the same
+    defer          leave to kvarn.cuda.pack the tiles that no row of this step reads packed. No result depends on it
     slots          None, or int64 [tokens]: a request whose first row's slot is negative takes no part
     workspace      None: one that this module keeps for the device, the stream and the layout
     Returns the Plan. It reads the tensors when it runs, and so do append and attend: leave them until then.
@@ -121,15 +128,15 @@ def plan(
         raise ValueError(f"the workspace was made for {workspace.layout}, not for {layout}")
     longest = max(1, tokens) if max_query_len is None else max_query_len
     made = Plan(
-        layout, block_table, seq_lens, query_starts, slots, tokens, query_heads, longest, window, workspace
+        layout, block_table, seq_lens, query_starts, slots, tokens, query_heads, longest, window, defer, workspace
     )  # fmt: skip
     if torch.compiler.is_compiling():
         torch.ops.kvarn.plan(
             workspace.tensor, list(workspace.limits), layout.preset, layout.head_dim, layout.kv_heads, block_table,
-            seq_lens, query_starts, slots, tokens, longest, query_heads, window,
+            seq_lens, query_starts, slots, tokens, longest, query_heads, window, defer,
         )  # fmt: skip
     else:
-        _launch.plan(core, workspace.tensor, workspace.limits, made.step(), query_heads, window)
+        _launch.plan(core, workspace.tensor, workspace.limits, made.step(), query_heads, window, defer)
     return made
 
 
@@ -152,6 +159,43 @@ def append(
             _core_of(layout), space.tensor, space.limits, made.step(table), pages, k, v, encoder, feedback, balance,
             replaced,
         )  # fmt: skip
+
+
+class Layers:
+    """All layers of a plan, for pack.
+
+    pages     uint8 [num_pages, page_bytes] each, those that their appends have
+    feedback  float32 [kv_heads, head_dim, head_dim] or None each, likewise; None: no layer has any
+    Raises TypeError and ValueError as append does.
+    """
+
+    __slots__ = ("core", "device", "feedback", "layout", "pages")
+
+    def __init__(self, layout: Layout, pages, feedback=None):
+        self.layout, self.pages = layout, list(pages)
+        self.feedback = [None] * len(self.pages) if feedback is None else list(feedback)
+        self.device = self.pages[0].device if self.pages else None
+        self.core = _launch.layers(_core_of(layout), self.pages, self.feedback, self.device)
+
+
+def pack(made: Plan, layers: Layers, encoder: str = "weighted") -> None:
+    """Packs what the appends of a step left whose plan defers, of all its layers at once: after the last attend."""
+    if not made.defer:
+        raise ValueError("this plan does not defer: its appends have packed every tile; plan with defer=True")
+    if made.layout != layers.layout:
+        raise ValueError(f"the plan was made for {made.layout}, the layers are of {layers.layout}")
+    space = made.workspace
+    if layers.device not in (None, space.tensor.device):
+        raise ValueError(f"the layers are on {layers.device}; the plan is on {space.tensor.device}")
+    if torch.compiler.is_compiling():
+        layout = made.layout
+        torch.ops.kvarn.pack(
+            layers.pages, space.tensor, list(space.limits), layout.preset, layout.head_dim, layout.kv_heads,
+            made.block_table, made.seq_lens, made.query_starts, made.slots, made.tokens, made.max_query_len, encoder,
+            layers.feedback,
+        )  # fmt: skip
+    else:
+        _launch.pack(_core_of(made.layout), space.tensor, space.limits, made.step(), layers.core, encoder)
 
 
 def attend(

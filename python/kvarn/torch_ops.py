@@ -1,7 +1,8 @@
 """torch.ops.kvarn: the CUDA verbs as custom operators, so that torch.compile and graph capture see them.
 
-    plan, append, attend, expand, rotate: as kvarn.plan and so on, which call them under torch.compile. A layout is
-    (preset, head_dim, kv_heads), a workspace its tensor and its five limits. What an operator writes is in its schema.
+    plan, append, pack, attend, expand, rotate: as kvarn.plan and so on, which call them under torch.compile. A layout
+    is (preset, head_dim, kv_heads), a workspace its tensor and its five limits. What an operator writes is in its
+    schema.
 
 Importing this module registers them once; it needs torch, but neither a GPU nor a build with CUDA.
 """
@@ -37,15 +38,15 @@ def _writes_only(*_, **__) -> None:
 
 @_define(
     f"plan(Tensor(a!) workspace, int[] limits, {_LAYOUT}, {_STEP}, SymInt tokens, SymInt max_query_len, "
-    "int query_heads, int window) -> ()",
+    "int query_heads, int window, bool defer) -> ()",
     _writes_only,
 )
 def plan(
     workspace, limits, preset, head_dim, kv_heads, block_table, seq_lens, query_starts, slots, tokens, max_query_len,
-    query_heads, window,
+    query_heads, window, defer,
 ):  # fmt: skip
     step = _launch.step(block_table, seq_lens, query_starts, slots, tokens, max_query_len, workspace.device)
-    _launch.plan(_launch.core_layout(preset, head_dim, kv_heads), workspace, limits, step, query_heads, window)
+    _launch.plan(_launch.core_layout(preset, head_dim, kv_heads), workspace, limits, step, query_heads, window, defer)
 
 
 @_define(
@@ -60,6 +61,20 @@ def append(
     step = _launch.step(block_table, seq_lens, query_starts, slots, k.shape[0], max_query_len, workspace.device)
     core = _launch.core_layout(preset, head_dim, kv_heads)
     _launch.append(core, workspace, limits, step, pages, k, v, encoder, feedback, balance, replaced)
+
+
+@_define(
+    f"pack(Tensor(a!)[] pages, Tensor(b!) workspace, int[] limits, {_LAYOUT}, {_STEP}, SymInt tokens, SymInt "
+    "max_query_len, str encoder, Tensor?[] feedback) -> ()",
+    _writes_only,
+)
+def pack(
+    pages, workspace, limits, preset, head_dim, kv_heads, block_table, seq_lens, query_starts, slots, tokens,
+    max_query_len, encoder, feedback,
+):  # fmt: skip
+    device, core = workspace.device, _launch.core_layout(preset, head_dim, kv_heads)
+    step = _launch.step(block_table, seq_lens, query_starts, slots, tokens, max_query_len, device)
+    _launch.pack(core, workspace, limits, step, _launch.layers(core, pages, feedback, device), encoder)
 
 
 @_define(

@@ -65,11 +65,11 @@ extern "C" kvarn_status kvarn_cuda_workspace_bytes(const kvarn_layout* layout, c
 }
 
 extern "C" kvarn_status kvarn_cuda_plan(const kvarn_layout* layout, const kvarn_cuda_step* step, int32_t query_heads,
-                                        int32_t window, const kvarn_cuda_workspace* workspace,
+                                        int32_t window, int32_t defer, const kvarn_cuda_workspace* workspace,
                                         kvarn_cuda_stream stream) {
-  KVARN_TRY(cuda::check_plan(layout, step, query_heads, window, workspace));
+  KVARN_TRY(cuda::check_plan(layout, step, query_heads, window, defer, workspace));
   return launch("plan", *layout, kNoPages, *step, *workspace, stream,
-                [&](const cuda::Launch& all) { return cuda::plan(all, query_heads, window); });
+                [&](const cuda::Launch& all) { return cuda::plan(all, query_heads, window, defer != 0); });
 }
 
 extern "C" kvarn_status kvarn_cuda_append(const kvarn_layout* layout, const kvarn_pages* pages,
@@ -82,6 +82,15 @@ extern "C" kvarn_status kvarn_cuda_append(const kvarn_layout* layout, const kvar
   return launch("append", *layout, *pages, *step, *workspace, stream, [&](const cuda::Launch& all) {
     return cuda::append(all, *k, *v, encoder, feedback, balance, replaced);
   });
+}
+
+extern "C" kvarn_status kvarn_cuda_pack(const kvarn_layout* layout, const kvarn_cuda_layer* layers, int32_t count,
+                                        const kvarn_cuda_step* step, kvarn_encoder encoder,
+                                        const kvarn_cuda_workspace* workspace, kvarn_cuda_stream stream) {
+  KVARN_TRY(cuda::check_pack(layout, layers, count, step, encoder, workspace));
+  if (step->tokens == 0 || step->batch.requests == 0 || count == 0) return KVARN_OK;
+  return launch("pack", *layout, kNoPages, *step, *workspace, stream,
+                [&](const cuda::Launch& all) { return cuda::pack(all, layers, count, encoder); });
 }
 
 extern "C" kvarn_status kvarn_cuda_attend(const kvarn_layout* layout, const kvarn_pages* pages,

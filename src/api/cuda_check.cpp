@@ -114,7 +114,7 @@ kvarn_status check_workspace_bytes(const kvarn_layout* layout, const kvarn_cuda_
 }
 
 kvarn_status check_plan(const kvarn_layout* layout, const kvarn_cuda_step* step, int32_t query_heads, int32_t window,
-                        const kvarn_cuda_workspace* workspace) {
+                        int32_t defer, const kvarn_cuda_workspace* workspace) {
   KVARN_TRY(check_shape(layout));
   KVARN_TRY(check_memory(*layout, workspace));
   KVARN_TRY(check_step(step, workspace->limits));
@@ -122,6 +122,7 @@ kvarn_status check_plan(const kvarn_layout* layout, const kvarn_cuda_step* step,
   if (query_heads > workspace->limits.query_heads)
     return fail(KVARN_BAD_SHAPE, "%d query heads; the workspace was made for at most %d", query_heads,
                 workspace->limits.query_heads);
+  if (defer != 0 && defer != 1) return fail(KVARN_BAD_ARGUMENT, "defer is %d; allowed: 0, 1", defer);
   return check_window(window);
 }
 
@@ -137,6 +138,22 @@ kvarn_status check_append(const kvarn_layout* layout, const kvarn_pages* pages, 
   KVARN_TRY(check_rows("v", v, step->tokens, layout->kv_heads, layout->head_dim));
   KVARN_TRY(check_balance(balance));
   if (!aligned(replaced, 8)) return fail(KVARN_MISALIGNED, "replaced must be aligned to its int64 element");
+  return KVARN_OK;
+}
+
+kvarn_status check_pack(const kvarn_layout* layout, const kvarn_cuda_layer* layers, int32_t count,
+                        const kvarn_cuda_step* step, kvarn_encoder encoder, const kvarn_cuda_workspace* workspace) {
+  KVARN_TRY(check_shape(layout));
+  KVARN_TRY(check_memory(*layout, workspace));
+  KVARN_TRY(check_step(step, workspace->limits));
+  if (count < 0 || count > kMostLayers)
+    return fail(KVARN_BAD_ARGUMENT, "pack of %d layers; allowed: 0 to %d a call", count, kMostLayers);
+  if (count > 0 && layers == nullptr) return fail(KVARN_NULL_POINTER, "layers is null");
+  KVARN_TRY(check_encoder(encoder, nullptr, 16));
+  for (int32_t i = 0; i < count; ++i) {
+    KVARN_TRY(check_pool(*layout, &layers[i].pages, step->batch));
+    KVARN_TRY(check_encoder(encoder, layers[i].feedback, 16));
+  }
   return KVARN_OK;
 }
 

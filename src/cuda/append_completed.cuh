@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tiles that a step completes: which they are, and their raw values into shared memory.
+// The tiles that a step completes, or left to pack: which they are, and their raw values into shared memory.
 #pragma once
 
 #include "cuda/append_pages.cuh"
@@ -10,18 +10,31 @@ namespace kvarn::cuda {
 
 // One of the tiles that complete.
 struct Completed {
+  kvarn_cuda_layer layer;
   TilePlan tile;
-  int older;  // tokens from before this step
+  int older;  // tokens that lie raw already, or -1: there is no such tile
 };
 
-// The `index`-th tile that completes, for the whole CTA, in shared memory; tile.rows is 0 if there are fewer.
+// The `index`-th tile that this step left to pack, its layer first.
+template <class Shape>
+__device__ inline Completed deferred(const AppendArguments& a, int index) {
+  const int request = a.plan.deferred[index / a.layers],
+            tile = a.plan.requests[request].length / Shape::page_tokens - 1;
+  return {a.plan.layers[index % a.layers], {request, tile, 0, 0, -1}, Shape::page_tokens};
+}
+
+// The `index`-th tile to pack, for the whole CTA, in shared memory.
 template <class Shape, int kThreads>
 __device__ inline const Completed& find_completed(const AppendArguments& a, int tiles, int index) {
   constexpr int kWarps = kThreads / 32;
   __shared__ int warp_count[kWarps];
   __shared__ Completed found;
   __syncthreads();  // those of the call before were read
-  if (threadIdx.x == 0) found.tile.rows = 0;
+  if (threadIdx.x == 0) {
+    found.older = -1;
+    if (a.layers > 0) found = deferred<Shape>(a, index);
+  }
+  if (a.layers > 0) tiles = 0;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int first = 0, before = 0; first < tiles && before <= index; first += kThreads) {
     const int e = first + threadIdx.x;
@@ -31,7 +44,8 @@ __device__ inline const Completed& find_completed(const AppendArguments& a, int 
     if (e < tiles) {
       tile = a.plan.tiles[e];
       request = a.plan.requests[tile.request];
-      completes = request.length >= (tile.tile + 1) * Shape::page_tokens;
+      const int end = (tile.tile + 1) * Shape::page_tokens;
+      completes = request.length >= end + request.deferred;
     }
     const uint32_t ballot = __ballot_sync(0xffffffffu, completes);
     if (lane == 0) warp_count[warp] = __popc(ballot);
@@ -43,7 +57,7 @@ __device__ inline const Completed& find_completed(const AppendArguments& a, int 
     }
     if (completes && rank == index) {
       const int position = request.length - request.queries + tile.first_row - request.first_row;
-      found = {tile, position - tile.tile * Shape::page_tokens};
+      found = {a.layer, tile, position - tile.tile * Shape::page_tokens};
     }
     __syncthreads();
   }
@@ -76,7 +90,7 @@ __device__ inline void gather(const AppendArguments& a, const Completed& c, int 
   constexpr int kStride = Shape::head_dim + kChunk, kChunks = Shape::head_dim / kChunk;
   constexpr int kLanes = kVectorLanes<Shape::head_dim>, kStep = kThreads / kLanes;
   __shared__ RawPieces<Shape> raw;
-  const Places<Shape> places{a};
+  const Places<Shape> places{a, c.layer.pages};
   const TilePlan& tile = c.tile;
   const Rows from = values ? a.v : a.k;
   const float* balance = values ? nullptr : a.balance;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // append (specification section 8) on the device, in at most two launches: stage, if any request can have to; then
-// rotate, write raw and pack.
+// rotate, write raw and pack. And pack, the same kernel: what append of many layers left to it.
 #pragma once
 
 #include <type_traits>
@@ -17,6 +17,8 @@ namespace kvarn::cuda {
 // Threads of a CTA: one CTA per multiprocessor for the shortest time from the last token of a tile to its record, two
 // for the most tiles a second, since then one computes while the other waits.
 inline constexpr int kFastThreads = 512, kManyThreads = 256;
+
+inline constexpr int kHalvedPairs = 4;
 
 // What a CTA packs of a pair (completed tile, head).
 enum class Half { kKeys, kValues, kBoth };
@@ -37,8 +39,9 @@ __device__ inline void encode(Memory& memory, const float* feedback, uint8_t* re
 template <class Shape, int kThreads, kvarn_encoder kEncoder, class Memory>
 __device__ inline void pack(const AppendArguments& a, const Completed& c, int head, Half half, Memory& memory) {
   constexpr bool kWeighted = kEncoder == KVARN_WEIGHTED;
-  uint8_t* record = Places<Shape>{a}.region(c.tile.request, c.tile.tile, head);
-  const float* feedback = a.feedback == nullptr ? nullptr : a.feedback + head * (Shape::head_dim * Shape::head_dim);
+  uint8_t* record = Places<Shape>{a, c.layer.pages}.region(c.tile.request, c.tile.tile, head);
+  const float* feedback = c.layer.feedback;
+  if (feedback != nullptr) feedback += head * (Shape::head_dim * Shape::head_dim);
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
     const bool values = side == 0, wanted = half != (values ? Half::kKeys : Half::kValues);
@@ -59,7 +62,8 @@ __device__ inline void pack(const AppendArguments& a, const Completed& c, int he
 }
 
 // Every CTA writes its share of the tails, then packs pairs (completed tile, head): both halves where there is a pair
-// for every CTA, so that V is read and rotated once; else K and V in different CTAs.
+// for every CTA, so that V is read and rotated once; else K and V in different CTAs, K first, which takes longer. pack,
+// whose CTAs all have several pairs, does so up to kHalvedPairs of them, to end evenly.
 template <class Shape, int kThreads, kvarn_encoder kEncoder>
 __global__ __launch_bounds__(kThreads,
                              kFastThreads / kThreads) void append_kernel(const __grid_constant__ AppendArguments a) {
@@ -70,12 +74,12 @@ __global__ __launch_bounds__(kThreads,
   let_next_start();
   const PlanHeader header = *a.plan.header;
   write_tails<Shape, kThreads>(a);
-  const int64_t pairs = int64_t{header.packs} * a.kv_heads;
-  const bool both = pairs >= gridDim.x;
+  const int64_t pairs = (a.layers > 0 ? int64_t{header.deferred} * a.layers : header.packs) * a.kv_heads;
+  const bool both = pairs >= int64_t{a.layers > 0 ? kHalvedPairs : 1} * gridDim.x;
   for (int64_t item = blockIdx.x; item < (both ? 1 : 2) * pairs; item += gridDim.x) {
     const int pair = static_cast<int>(item < pairs ? item : item - pairs), head = pair % a.kv_heads;
     const Completed& c = find_completed<Shape, kThreads>(a, header.tiles, pair / a.kv_heads);
-    if (c.tile.rows == 0) return;
+    if (c.older < 0) return;
     const Half half = both ? Half::kBoth : item < pairs ? Half::kKeys : Half::kValues;
     pack<Shape, kThreads, kEncoder>(a, c, head, half, memory);
   }
@@ -96,29 +100,41 @@ cudaError_t launch_append(const AppendArguments& a, int64_t completed, int64_t m
   return launch_dependent(kKernel, dim3(static_cast<uint32_t>(ctas)), dim3(kThreads), kBytes, stream, a);
 }
 
+inline cudaError_t count_multiprocessors(int& count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
+// body(encoder) with the encoder as a type.
+template <class Body>
+cudaError_t with_encoder(kvarn_encoder encoder, const Body& body) {
+  return encoder == KVARN_VARNORM ? body(std::integral_constant<kvarn_encoder, KVARN_VARNORM>{})
+                                  : body(std::integral_constant<kvarn_encoder, KVARN_WEIGHTED>{});
+}
+
 template <class Shape>
 cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
                          const float* feedback, const float* balance, int64_t* replaced) {
   const kvarn_cuda_step& step = launch.step;
   const int32_t heads = launch.layout.kv_heads, requests = step.batch.requests;
   if (requests == 0 || step.tokens == 0 || step.max_query_len == 0) return cudaSuccess;
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors = 0;
+  cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return error;
 
   const AppendArguments a{launch.plan(),
-                          launch.pages,
+                          {launch.pages, feedback},
+                          0,
                           step.batch.block_table,
                           step.batch.table_stride,
                           requests,
                           heads,
                           make_rows(k),
                           make_rows(v),
-                          feedback,
                           balance,
                           reinterpret_cast<unsigned long long*>(replaced),
-                          2 * heads * std::min(step.max_query_len, Shape::page_tokens - 1)};
+                          2 * heads * std::min(step.max_query_len, Shape::page_tokens)};
   // A request can have to stage only if n + 1 rows lie behind the edge of a tile that it was in.
   const bool prompt = step.max_query_len >= Shape::raw_tokens_per_page + 2;
   if (prompt) {
@@ -127,15 +143,29 @@ cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_
     if (error != cudaSuccess) return error;
   }
   const int64_t completed = step.max_query_len == 1 ? requests : most_tiles(launch.layout, step.tokens, requests);
-  const auto run = [&](auto threads, auto encode) {
-    return launch_append<Shape, threads.value, encode.value>(a, completed, multiprocessors, launch.stream);
-  };
-  const auto with = [&](auto encode) {
-    return prompt ? run(std::integral_constant<int, kManyThreads>{}, encode)
-                  : run(std::integral_constant<int, kFastThreads>{}, encode);
-  };
-  return encoder == KVARN_VARNORM ? with(std::integral_constant<kvarn_encoder, KVARN_VARNORM>{})
-                                  : with(std::integral_constant<kvarn_encoder, KVARN_WEIGHTED>{});
+  return with_encoder(encoder, [&](auto is) {
+    const auto run =
+        prompt ? launch_append<Shape, kManyThreads, is.value> : launch_append<Shape, kFastThreads, is.value>;
+    return run(a, completed, multiprocessors, launch.stream);
+  });
+}
+
+// plan.layers has its layers.
+template <class Shape>
+cudaError_t pack_shape(const Launch& launch, int32_t layers, kvarn_encoder encoder) {
+  const kvarn_batch& batch = launch.step.batch;
+  int multiprocessors = 0;
+  if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
+  AppendArguments a{};
+  a.plan = launch.plan();
+  a.layers = layers;
+  a.block_table = batch.block_table;
+  a.table_stride = batch.table_stride;
+  a.kv_heads = launch.layout.kv_heads;
+  return with_encoder(encoder, [&](auto is) {
+    return launch_append<Shape, kFastThreads, is.value>(a, int64_t{batch.requests} * layers, multiprocessors,
+                                                        launch.stream);
+  });
 }
 
 }  // namespace kvarn::cuda

@@ -6,6 +6,8 @@
 // section 3.
 // - If L - (j+1) G > n, tile j has a raw tile in the workspace: the kernel before copied its older tokens there,
 //   and the CTA that packs it writes its new ones there. It reads nothing of the pages and writes page j.
+// - If j is deferred, L = (j+1) G and nobody else of the step has page j: its new tokens are written raw as those of a
+//   tail, page j is not touched, and pack, after all attention of the step, reads pages j+1 .. j+m and writes page j.
 // - Otherwise j is the last tile that completes. Its raw tokens lie in pages j+1 .. j+m; its CTA reads the older ones,
 //   writes the new ones, and writes page j. The tail, tile j+1, has at most n tokens, all in page j+1+m: a draft that
 //   straddles the edge is disjoint from the tile that it completes.
@@ -26,13 +28,13 @@ namespace kvarn::cuda {
 
 struct AppendArguments {
   Plan plan;
-  kvarn_pages pages;
+  kvarn_cuda_layer layer;  // of append; pack has those of plan.layers
+  int32_t layers;          // 0: append; else pack of so many
   const int32_t* block_table;
   int64_t table_stride;
   int32_t requests, kv_heads;
   Rows k, v;
-  const float* feedback;  // null, or [head][channel][channel]
-  const float* balance;   // null, or [head][channel], powers of two
+  const float* balance;  // null, or [head][channel], powers of two
   unsigned long long* replaced;
   int32_t tail_vectors;  // of a request, at most
 };
@@ -40,12 +42,13 @@ struct AppendArguments {
 template <class Shape>
 struct Places {
   const AppendArguments& a;
+  const kvarn_pages& pages;
 
   // The region of (request, entry of its table row, head).
   __device__ uint8_t* region(int request, int index, int head) const {
     int64_t page = a.block_table[request * a.table_stride + index];
-    page = page < 0 ? 0 : page < a.pages.count ? page : a.pages.count - 1;
-    return a.pages.data + page * a.pages.stride + int64_t{head} * Shape::record_bytes;
+    page = page < 0 ? 0 : page < pages.count ? page : pages.count - 1;
+    return pages.data + page * pages.stride + int64_t{head} * Shape::record_bytes;
   }
   // A raw vector in the pages.
   __device__ uint16_t* in_pages(int request, int tile, int offset, int head, bool values) const {

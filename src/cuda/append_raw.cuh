@@ -12,7 +12,7 @@ template <class Shape>
 __global__ __launch_bounds__(256) void stage_kernel(const __grid_constant__ AppendArguments a) {
   wait_for_previous();
   let_next_start();
-  const Places<Shape> places{a};
+  const Places<Shape> places{a, a.layer.pages};
   const int request = blockIdx.x, head = blockIdx.y;
   const RequestPlan is = a.plan.requests[request];
   const int older = (is.length - is.queries) % Shape::page_tokens;
@@ -29,11 +29,12 @@ __global__ __launch_bounds__(256) void stage_kernel(const __grid_constant__ Appe
   }
 }
 
-// The step's rows in the tiles that requests leave unfinished, a few vectors a warp, over all warps of the grid.
+// The step's rows in the tiles that requests leave unfinished or unpacked, a few vectors a warp, over all warps of the
+// grid.
 template <class Shape, int kThreads>
 __device__ inline void write_tails(const AppendArguments& a) {
   constexpr int kLanes = kVectorLanes<Shape::head_dim>, kVectors = 32 / kLanes, kWarps = kThreads / 32;
-  const Places<Shape> places{a};
+  const Places<Shape> places{a, a.layer.pages};
   const int sub = threadIdx.x % 32 / kLanes, lane = threadIdx.x % kLanes;
   const int64_t vectors = int64_t{a.requests} * a.tail_vectors;
   // Neighbouring vectors in different CTAs: in a decode step every multiprocessor has a warp or two to do.
@@ -42,13 +43,14 @@ __device__ inline void write_tails(const AppendArguments& a) {
     const int request = static_cast<int>((first + sub) / a.tail_vectors);
     const int vector = static_cast<int>((first + sub) % a.tail_vectors);
     const RequestPlan is = request < a.requests ? a.plan.requests[request] : RequestPlan{};
-    const int tail = is.length % Shape::page_tokens, rows = is.queries < tail ? is.queries : tail;
+    const int tail = is.deferred != 0 ? Shape::page_tokens : is.length % Shape::page_tokens;
+    const int rows = is.queries < tail ? is.queries : tail;
     const int row = vector / (2 * a.kv_heads), head = vector % a.kv_heads;
     const bool values = vector / a.kv_heads % 2, valid = row < rows;
     if (!__any_sync(0xffffffffu, valid)) continue;
     const int back = rows - row;  // counted from the end of the request
     uint16_t* to =
-        valid ? places.in_pages(request, is.length / Shape::page_tokens, tail - back, head, values) : nullptr;
+        valid ? places.in_pages(request, (is.length - tail) / Shape::page_tokens, tail - back, head, values) : nullptr;
     const Rows& from = values ? a.v : a.k;
     const int64_t token = int64_t{is.first_row} + is.queries - back;
     const bool mine = valid && has_chunk<Shape::head_dim>(lane);

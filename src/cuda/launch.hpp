@@ -22,9 +22,10 @@ struct Launch {
   Plan plan() const;
 };
 
-cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window);
+cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window, bool defer);
 cudaError_t append(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
                    const float* feedback, const float* balance, int64_t* replaced);
+cudaError_t pack(const Launch& launch, const kvarn_cuda_layer* layers, int32_t count, kvarn_encoder encoder);
 cudaError_t attend(const Launch& launch, const kvarn_rows& q, const kvarn_rows_out& out,
                    const kvarn_cuda_attention& attention);
 cudaError_t expand(const kvarn_layout& layout, const kvarn_pages& pages, const kvarn_batch& batch,

@@ -21,6 +21,8 @@ WorkspaceMap WorkspaceMap::make(const kvarn_layout& layout, const kvarn_cuda_lim
 
   map.header = take(sizeof(PlanHeader));
   map.requests = take(requests * int64_t{sizeof(RequestPlan)});
+  map.deferred = take(requests * int64_t{sizeof(int32_t)});
+  map.layers = take(kMostLayers * int64_t{sizeof(kvarn_cuda_layer)});
   map.tiles = take(map.max_tiles * int64_t{sizeof(TilePlan)});
   map.blocks = take(map.max_blocks * int64_t{sizeof(BlockPlan)});
   map.cuts = take((ctas * int64_t{kMaxComputingWarps} + 1) * int64_t{sizeof(Cut)});
@@ -35,6 +37,7 @@ WorkspaceMap WorkspaceMap::make(const kvarn_layout& layout, const kvarn_cuda_lim
 Plan Launch::plan() const {
   const auto at = [this](int64_t offset) { return static_cast<void*>(workspace + offset); };
   return {static_cast<PlanHeader*>(at(map.header)), static_cast<RequestPlan*>(at(map.requests)),
+          static_cast<int32_t*>(at(map.deferred)),  static_cast<kvarn_cuda_layer*>(at(map.layers)),
           static_cast<TilePlan*>(at(map.tiles)),    static_cast<BlockPlan*>(at(map.blocks)),
           static_cast<Cut*>(at(map.cuts)),          static_cast<uint32_t*>(at(map.counters)),
           static_cast<uint8_t*>(at(map.parts)),     static_cast<uint8_t*>(at(map.spilled)),

@@ -27,7 +27,7 @@ __device__ RequestPlan request_of(const PlanInputs& in, int32_t r) {
                      end <= in.tokens && end - first <= length &&
                      format::pages_of(in.layout, length) <= in.batch.table_width &&
                      (in.slots == nullptr || in.slots[first] >= 0);
-  return valid ? RequestPlan{length, end - first, first, 0, 0, 0} : RequestPlan{};
+  return valid ? RequestPlan{length, end - first, first, 0, 0, 0, 0} : RequestPlan{};
 }
 
 // Query tiles of a request whose raw tokens have left the pages: its lowest ones.
@@ -69,6 +69,32 @@ __device__ BlockPlan block_of(const PlanInputs& in, const RequestPlan& r, int32_
   return b;
 }
 
+// Which tiles that complete no row of this step reads packed, so that pack may do them after all layers: those whose
+// last row is the step's last of its request, unless another request has the page too. `count` requests complete a tile
+// so. Returns how many of them stay, listed in plan.deferred.
+__device__ int32_t settle_deferred(const PlanInputs& in, const Plan& plan, int32_t count) {
+  __shared__ int32_t kept;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int32_t requests = in.batch.requests;
+  if (thread == 0) kept = 0;
+  for (int64_t i = thread; i < int64_t{count} * requests; i += kThreads) {
+    const int32_t request = plan.deferred[i / requests], other = static_cast<int32_t>(i % requests);
+    const int32_t length = plan.requests[request].length, tile = length / in.layout.page_tokens - 1;
+    const auto page = [&](int32_t r) { return in.batch.block_table[r * in.batch.table_stride + tile]; };
+    if (other != request && plan.requests[other].length > length - in.layout.page_tokens &&
+        page(other) == page(request))
+      plan.requests[request].deferred = 0;
+  }
+  __syncthreads();
+  for (int32_t base = 0; base < count; base += kThreads) {
+    const int32_t request = base + thread < count ? plan.deferred[base + thread] : -1;
+    __syncthreads();  // what the next line overwrites was read
+    if (request >= 0 && plan.requests[request].deferred != 0) plan.deferred[atomicAdd(&kept, 1)] = request;
+  }
+  __syncthreads();
+  return kept;
+}
+
 __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan plan) {
   using CountScan = cub::BlockScan<Counts, kThreads>;
   using CostScan = cub::BlockScan<Costs, kThreads>;
@@ -76,11 +102,11 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
     CountScan::TempStorage counts;
     CostScan::TempStorage costs;
   } scan;
-  __shared__ int32_t packs, least_tile, most_tile;
+  __shared__ int32_t packs, deferrable, least_tile, most_tile;
   const int thread = static_cast<int>(threadIdx.x);
   const int32_t requests = in.batch.requests, page_tokens = in.layout.page_tokens;
   const auto sum = [](const auto& a, const auto& b) { return a + b; };
-  if (thread == 0) packs = most_tile = 0, least_tile = INT32_MAX;
+  if (thread == 0) packs = deferrable = most_tile = 0, least_tile = INT32_MAX;
   wait_for_previous();  // and no early start of the next kernel: attend reads the plan before it waits
   __syncthreads();
 
@@ -96,7 +122,9 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
     r.first_tile = before.tiles;
     r.first_raw = before.raw;
     r.first_block = before.blocks;
+    r.deferred = in.defer && r.queries > 0 && r.length % page_tokens == 0;
     if (base + thread < requests) plan.requests[base + thread] = r;
+    if (r.deferred != 0) plan.deferred[atomicAdd(&deferrable, 1)] = base + thread;
     if (r.queries > 0) {
       atomicAdd(&packs, r.length / page_tokens - first_tile);
       atomicMin(&least_tile, first_tile), atomicMax(&most_tile, first_tile);
@@ -105,6 +133,7 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
     __syncthreads();
   }
   const bool even = least_tile == most_tile;
+  const int32_t deferred = deferrable > 0 ? settle_deferred(in, plan, deferrable) : 0;
   total = {min(total.tiles, in.max_tiles), min(total.raw, in.max_raw_tiles), min(total.blocks, in.max_blocks)};
 
   for (int32_t i = thread; i < total.tiles; i += kThreads) {
@@ -152,12 +181,12 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
           cut_of_list(in, plan.blocks, total.blocks, plan.cuts[first], plan.cuts[first + in.teams], cost, list);
     }
   }
-  if (thread == 0) *plan.header = {total.tiles, total.raw, total.blocks, packs};
+  if (thread == 0) *plan.header = {total.tiles, total.raw, total.blocks, packs - deferred, deferred};
 }
 
 }  // namespace
 
-cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window) {
+cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window, bool defer) {
   PlanInputs in{launch.layout,
                 launch.step.batch,
                 launch.step.slots,
@@ -168,6 +197,7 @@ cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window) {
                 window,
                 launch.ctas,
                 0,
+                defer,
                 launch.map.max_tiles,
                 launch.map.max_raw_tiles,
                 launch.map.max_blocks};

@@ -20,6 +20,7 @@ struct RequestPlan {
   int32_t first_tile;       // index into the plan's tiles of the tile that `start` lies in
   int32_t first_raw;        // raw slot of that tile, if its raw tokens have left the pages
   int32_t first_block;
+  int32_t deferred;  // 1: the tile that its last row completes is left to pack
 };
 
 // A tile that has rows of this step ("query tile"), in the order of requests and positions.
@@ -52,7 +53,8 @@ struct alignas(16) Cut {
 
 struct PlanHeader {
   int32_t tiles, raw_tiles, blocks;
-  int32_t packs;  // tiles that complete in this step
+  int32_t packs;     // tiles that complete in this step, less
+  int32_t deferred;  // those that are left to pack
 };
 
 // What the order of additions is made of (attend_order.cuh).
@@ -88,7 +90,7 @@ constexpr int64_t part_bytes(int32_t head_dim) {
 
 // Byte offsets into the workspace; the same for everybody who has the same layout and limits.
 struct WorkspaceMap {
-  int64_t header, requests, tiles, blocks, cuts, counters, parts, spilled, raw, bytes;
+  int64_t header, requests, deferred, layers, tiles, blocks, cuts, counters, parts, spilled, raw, bytes;
   int32_t max_tiles, max_raw_tiles, max_blocks, max_parts;
 
   static WorkspaceMap make(const kvarn_layout& layout, const kvarn_cuda_limits& limits, int32_t ctas);
@@ -102,6 +104,7 @@ constexpr int64_t most_tiles(const kvarn_layout& layout, int64_t tokens, int64_t
 constexpr int64_t most_raw_tiles(const kvarn_layout& layout, int64_t tokens, int64_t requests) {
   return tokens / layout.page_tokens + std::min<int64_t>(requests, tokens / (layout.raw_tokens_per_page + 2));
 }
+inline constexpr int kMostLayers = 512;                         // of one call of pack
 constexpr int64_t raw_tile_bytes(const kvarn_layout& layout) {  // of one KV head: K [G][D], then V [G][D], f16
   return int64_t{4} * layout.page_tokens * layout.head_dim;
 }
@@ -110,6 +113,8 @@ constexpr int64_t raw_tile_bytes(const kvarn_layout& layout) {  // of one KV hea
 struct Plan {
   PlanHeader* header;
   RequestPlan* requests;
+  int32_t* deferred;         // [header->deferred] requests, in any order
+  kvarn_cuda_layer* layers;  // [kMostLayers] of pack
   TilePlan* tiles;
   BlockPlan* blocks;
   Cut* cuts;

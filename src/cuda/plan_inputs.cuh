@@ -11,6 +11,7 @@ struct PlanInputs {
   kvarn_batch batch;
   const int64_t* slots;
   int32_t tokens, max_seq_len, group, columns, window, ctas, teams;
+  bool defer;
   int32_t max_tiles, max_raw_tiles, max_blocks;
 };
 

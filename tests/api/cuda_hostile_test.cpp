@@ -30,7 +30,8 @@ struct CudaHostile : testing::Test {
   kvarn_rows_out k_out = rows_out(memory, KVARN_FLOAT16, 256, 2, 128), v_out = k_out;
   kvarn_cuda_attention attention{0.1f, 0, 0, nullptr, nullptr};
   kvarn_cuda_prefill prefill{0, 4, 4, 9, at<int32_t>(0), at<int32_t>(0), at<int32_t>(0), 2, at<int32_t>(0)};
-  int32_t query_heads = 8, window = 0;
+  kvarn_cuda_layer layers[2] = {{pages, nullptr}, {pages, nullptr}};
+  int32_t query_heads = 8, window = 0, defer = 0, count = 2;
   kvarn_encoder encoder = KVARN_WEIGHTED;
   int64_t* replaced = nullptr;
   const float *feedback = nullptr, *balance = nullptr;
@@ -41,7 +42,8 @@ struct CudaHostile : testing::Test {
     return made;
   }
 
-  kvarn_status plan() const { return kvarn_cuda_plan(&layout, &step, query_heads, window, &workspace, nullptr); }
+  kvarn_status plan() const { return kvarn_cuda_plan(&layout, &step, query_heads, window, defer, &workspace, nullptr); }
+  kvarn_status pack() const { return kvarn_cuda_pack(&layout, layers, count, &step, encoder, &workspace, nullptr); }
   kvarn_status append() const {
     return kvarn_cuda_append(&layout, &pages, &step, &k, &v, encoder, feedback, balance, replaced, &workspace, nullptr);
   }
@@ -60,13 +62,14 @@ struct CudaHostile : testing::Test {
     EXPECT_NE(std::string(kvarn_last_error()).find(mentions), std::string::npos) << kvarn_last_error();
   }
   void step_refused(kvarn_status expected, const char* mentions) const {
-    for (const kvarn_status got : {plan(), append(), attend(), prefill_pages()}) refused(got, expected, mentions);
+    for (const kvarn_status got : {plan(), append(), pack(), attend(), prefill_pages()})
+      refused(got, expected, mentions);
   }
 };
 
 // The last thing to be found out is that there is no device, or that one byte of workspace is too few.
 TEST_F(CudaHostile, GoodArgumentsGetAsFarAsTheDevice) {
-  for (const kvarn_status got : {plan(), append(), attend(), prefill_pages()})
+  for (const kvarn_status got : {plan(), append(), pack(), attend(), prefill_pages()})
     EXPECT_TRUE(got == KVARN_CUDA_UNAVAILABLE || got == KVARN_WORKSPACE_TOO_SMALL || got == KVARN_BAD_LAYOUT)
         << got << ": " << kvarn_last_error();
   EXPECT_TRUE(kvarn_cuda_available() != 0 || std::string(kvarn_last_error()) != "");
@@ -74,14 +77,15 @@ TEST_F(CudaHostile, GoodArgumentsGetAsFarAsTheDevice) {
 }
 
 TEST_F(CudaHostile, NullPointers) {
-  refused(kvarn_cuda_plan(nullptr, &step, 8, 0, &workspace, nullptr), KVARN_NULL_POINTER, "layout");
-  refused(kvarn_cuda_plan(&layout, nullptr, 8, 0, &workspace, nullptr), KVARN_NULL_POINTER, "step");
-  refused(kvarn_cuda_plan(&layout, &step, 8, 0, nullptr, nullptr), KVARN_NULL_POINTER, "workspace");
+  refused(kvarn_cuda_plan(nullptr, &step, 8, 0, 0, &workspace, nullptr), KVARN_NULL_POINTER, "layout");
+  refused(kvarn_cuda_plan(&layout, nullptr, 8, 0, 0, &workspace, nullptr), KVARN_NULL_POINTER, "step");
+  refused(kvarn_cuda_plan(&layout, &step, 8, 0, 0, nullptr, nullptr), KVARN_NULL_POINTER, "workspace");
   refused(kvarn_cuda_append(&layout, nullptr, &step, &k, &v, encoder, nullptr, nullptr, nullptr, &workspace, nullptr),
           KVARN_NULL_POINTER, "pages");
   refused(
       kvarn_cuda_append(&layout, &pages, &step, nullptr, &v, encoder, nullptr, nullptr, nullptr, &workspace, nullptr),
       KVARN_NULL_POINTER, "k is null");
+  refused(kvarn_cuda_pack(&layout, nullptr, 1, &step, encoder, &workspace, nullptr), KVARN_NULL_POINTER, "layers");
   refused(kvarn_cuda_attend(&layout, &pages, &step, &q, nullptr, &attention, &workspace, nullptr), KVARN_NULL_POINTER,
           "out is null");
   refused(kvarn_cuda_attend(&layout, &pages, &step, &q, &out, nullptr, &workspace, nullptr), KVARN_NULL_POINTER,
@@ -242,6 +246,28 @@ TEST_F(CudaHostile, AttentionsArguments) {
   attention.window = window = -1;
   refused(attend(), KVARN_BAD_ARGUMENT, "window");
   refused(plan(), KVARN_BAD_ARGUMENT, "window");
+}
+
+TEST_F(CudaHostile, PacksArguments) {
+  defer = 2;
+  refused(plan(), KVARN_BAD_ARGUMENT, "defer is 2");
+  for (const int32_t bad : {-1, 513}) {
+    count = bad;
+    refused(pack(), KVARN_BAD_ARGUMENT, "0 to 512");
+  }
+  count = 2;
+  layers[1].feedback = at<float>(4);
+  refused(pack(), KVARN_MISALIGNED, "16 bytes");
+  layers[1].feedback = at<float>(16);
+  encoder = KVARN_VARNORM;
+  refused(pack(), KVARN_BAD_ARGUMENT, "feedback");
+  encoder = static_cast<kvarn_encoder>(7);
+  refused(pack(), KVARN_BAD_ARGUMENT, "encoder");
+  encoder = KVARN_WEIGHTED;
+  layers[1].pages.count = 0;
+  refused(pack(), KVARN_BAD_SHAPE, "no page");
+  layers[1].pages = {nullptr, 10, layout.page_bytes};
+  refused(pack(), KVARN_NULL_POINTER, "pages");
 }
 
 TEST_F(CudaHostile, PrefillsArguments) {

@@ -22,12 +22,14 @@ LINES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "mix"), [("64x2048+48", MIX), ("1x7+1", serve.Mix(1, 7, 1))])
+@pytest.mark.parametrize(("text", "mix"), [
+    ("64x2048+48", MIX), ("1x7+1", serve.Mix(1, 7, 1)), ("4x1921-2048+128", serve.Mix(4, 2048, 128, 1921)),
+])  # fmt: skip
 def test_a_mix(text, mix):
     assert serve.Mix.of(text) == mix
 
 
-@pytest.mark.parametrize("text", ["", "64x2048", "0x1+1", "x1+1", "1x2+3+4", "-1x2+3"])
+@pytest.mark.parametrize("text", ["", "64x2048", "0x1+1", "x1+1", "1x2+3+4", "-1x2+3", "2x9-8+1", "2x0-8+1"])
 def test_not_a_mix(text):
     with pytest.raises(ValueError, match=r"32x16384\+40"):
         serve.Mix.of(text)
@@ -67,6 +69,18 @@ def test_the_table_of_a_mix_given_up_and_of_starts_again():
         ["64x2048 step, ms", "10.40", "5.20 (2.00x)", "not done in 60 s"],
         ["start again, s", "21.00", "21.00 (1.00x)", "-"],
     ]
+
+
+def test_the_table_of_prompts_of_several_lengths():
+    mix = serve.Mix(64, 2048, 128, 1921)
+    about = {"requests": 64, "context": 2048, "output": 128, "least": 1921, "prefill_s": 3.0}
+    lines = [*LINES, {"kv_cache_dtype": "auto", "step_ms": 10.4, "step_mean_ms": 10.5} | about]
+    _, rows = serve.table(lines, [MIX, mix])
+    assert [row[:2] for row in rows[1:6]] == [
+        ["64x2048 prefill, s", "3.30"], ["64x2048 step, ms", "10.40"], ["64x1921-2048 prefill, s", "3.00"],
+        ["64x1921-2048 step, ms", "10.40"], ["64x1921-2048 step, mean, ms", "10.50"],
+    ]  # fmt: skip
+    assert "ms per decode step, 64 x 1,921 to 2,048 tokens (less is better)" in picture.draw(lines, [mix])
 
 
 def test_the_picture():

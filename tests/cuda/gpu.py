@@ -102,10 +102,8 @@ class World:
         starts = np.cumsum([0] + [self.news[r] for r in order])
         return self._tables(order), ints([self.lengths[r] for r in order]), ints(starts.tolist())
 
-    def run(self, order=None, options=None, space=None, max_query_len=None, rows=None, pages=None):
-        """One step of the requests in `order`, on a copy of the pool: {request: its rows}. The pool is kept as .pages.
-
-        rows {request: how many of its rows come first, the others following in steps of their own}: see chunking."""
+    def run(self, order=None, options=None, space=None, max_query_len=None, pages=None, defer=False):
+        """One step of the requests in `order`, on a copy of the pool, kept as .pages: {request: its rows}."""
         options, order = options or Options(), list(range(len(self.lengths))) if order is None else order
         self.pages = self.before.clone() if pages is None else pages
         step = self.step(order)
@@ -116,7 +114,7 @@ class World:
         longest = max_query_len or max(self.news)
         plan = kvarn.plan(
             self.layout, *step, tokens=len(q), query_heads=q.shape[1], max_query_len=longest, window=options.window,
-            workspace=space,
+            workspace=space, defer=defer,
         )  # fmt: skip
         out = torch.full_like(q, float("nan"))
         kvarn.append(self.layout, self.pages, *step, k, v, plan=plan)
@@ -124,6 +122,8 @@ class World:
             self.layout, self.pages, *step, q, scale=self.scale(options), soft_cap=options.soft_cap, out=out, plan=plan,
             sinks=options.sinks,
         )  # fmt: skip
+        if defer:
+            kvarn.cuda.pack(plan, kvarn.cuda.Layers(self.layout, [self.pages]))
         bounds = step[2].tolist()
         return {r: out[bounds[i] : bounds[i + 1]] for i, r in enumerate(order)}
 

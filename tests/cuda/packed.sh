@@ -49,7 +49,7 @@ if [[ $what == *check* ]]; then
 fi
 if [[ $what == *time* ]]; then
   : >"$results/speed.jsonl"
-  for verb in attend sustained plan step layer expand append; do  # a process each: a fault in one verb costs only its own lines
+  for verb in attend sustained plan step layer expand append pack; do  # a process each: a fault in one verb costs only its own lines
     timeout 150 "$work/speed" "$verb " >>"$results/speed.jsonl" || status=1
   done
   if [[ ${FLASH:-} ]]; then

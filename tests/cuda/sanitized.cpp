@@ -64,7 +64,7 @@ struct Life {
   kvarn_pages cpu_pages;
   std::unique_ptr<OnDevice<uint8_t>> pages, memory;
   kvarn_cuda_workspace workspace{nullptr, 0, {900, kRequests, 16 * kHeads, kLongest, 5}};
-  uint32_t seed = 1;
+  uint32_t seed = 1, steps = 0;
   std::vector<float> feedback, balance;
 
   Life(const std::string& preset, int32_t d) : head_dim(d) {
@@ -90,7 +90,9 @@ struct Life {
     return {cpu_pages.data, cpu_pages.data + cpu_pages.count * cpu_pages.stride};
   }
 
+  // Every second step leaves what it can to pack.
   void step(const std::vector<int32_t>& news, kvarn_encoder encoder, const Attention& how, bool feed = false) {
+    const int32_t defer = ++steps % 2 == 0;
     std::vector<int32_t> starts{0};
     int32_t longest = 1;
     for (size_t r = 0; r < news.size(); ++r) {
@@ -117,7 +119,7 @@ struct Life {
     const kvarn_pages pool{pages->get(), cpu_pages.count, cpu_pages.stride};
     const kvarn_cuda_step now{
         {kRequests, width, width, tables.get(), after.get(), first.get()}, nullptr, tokens, longest};
-    require(kvarn_cuda_plan(&layout, &now, heads, how.window, &workspace, nullptr) == KVARN_OK, "plan");
+    require(kvarn_cuda_plan(&layout, &now, heads, how.window, defer, &workspace, nullptr) == KVARN_OK, "plan");
     const kvarn_rows k_in = rows(k_rows.get(), KVARN_FLOAT32, tokens, kHeads, head_dim),
                      v_in = rows(v_rows.get(), KVARN_FLOAT32, tokens, kHeads, head_dim),
                      q_in = rows(q_rows.get(), KVARN_FLOAT32, tokens, heads, head_dim);
@@ -129,6 +131,9 @@ struct Life {
                                          feed ? balanced.get() : nullptr};
     require(kvarn_cuda_attend(&layout, &pool, &now, &q_in, &result, &attention, &workspace, nullptr) == KVARN_OK,
             "attend");
+    const kvarn_cuda_layer layer{pool, feed ? fed.get() : nullptr};
+    if (defer != 0)
+      require(kvarn_cuda_pack(&layout, &layer, 1, &now, encoder, &workspace, nullptr) == KVARN_OK, "pack");
     prefill(pool, now);
     expand(pool, now.batch);
     const kvarn_rows_out back = rows_out(out.get(), KVARN_FLOAT32, tokens, heads, head_dim);
@@ -180,6 +185,10 @@ void live(const std::string& shape) {
   life.step({130, 1, 5}, KVARN_WEIGHTED, {4, 0, 0, false}, true);  // tiles complete with feedback: a chunk, then decode
   for (int32_t last = life.lengths[2] % 128; last < 128; last += 8)
     life.step({1, 1, 8}, KVARN_WEIGHTED, {4, 0, 0, false}, true);
+  std::vector<int32_t> to_edge;  // then all complete a tile with one row, and leave it to pack
+  for (const int32_t length : life.lengths) to_edge.push_back(127 - length % 128);
+  life.step(to_edge, KVARN_WEIGHTED, {4, 0, 0, false}, true);
+  life.step({1, 1, 1}, KVARN_WEIGHTED, {4, 0, 0, false}, true);
   std::printf("%s\n", shape.c_str());
 }
 

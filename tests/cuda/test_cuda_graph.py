@@ -10,9 +10,9 @@ from gpu import DEVICE, FEW_SHAPES, MAIN, World, assert_same_bits, ints, pages_o
 class Buffers:
     """The tensors of a step of up to `requests` requests with `rows` rows each, at fixed addresses."""
 
-    def __init__(self, layout, requests, rows, width, group, count):
+    def __init__(self, layout, requests, rows, width, group, count, defer):
         tokens, H, D = requests * rows, layout.kv_heads, layout.head_dim
-        self.layout, self.rows = layout, rows
+        self.layout, self.rows, self.defer = layout, rows, defer
         self.table = torch.zeros(requests, width, dtype=torch.int32, device=DEVICE)
         self.lengths = torch.zeros(requests, dtype=torch.int32, device=DEVICE)
         self.starts = torch.zeros(requests + 1, dtype=torch.int32, device=DEVICE)
@@ -26,10 +26,12 @@ class Buffers:
         layout, tables = self.layout, (self.table, self.lengths, self.starts)
         plan = kvarn.plan(
             layout, *tables, tokens=len(self.q), query_heads=self.q.shape[1], max_query_len=self.rows, slots=self.slots,
-            workspace=self.space,
+            workspace=self.space, defer=self.defer,
         )  # fmt: skip
         kvarn.append(layout, self.pages, *tables, self.k, self.v, plan=plan)
         kvarn.attend(layout, self.pages, *tables, self.q, scale=0.1, out=self.out, plan=plan)
+        if self.defer:
+            kvarn.cuda.pack(plan, kvarn.cuda.Layers(layout, [self.pages]))
 
     def fill(self, world, order):
         """A step of `world` in the first places; the others are padding, as an engine pads a captured batch."""
@@ -48,8 +50,9 @@ class Buffers:
         return tokens
 
 
+@pytest.mark.parametrize("defer", [False, True])
 @pytest.mark.parametrize(("preset", "head_dim"), FEW_SHAPES)
-def test_replay_with_other_steps(preset, head_dim):
+def test_replay_with_other_steps(preset, head_dim, defer):
     layout = kvarn.Layout(preset, head_dim, 2)
     cases = [
         ([300, 40, 129, 1, 2000], [1, 1, 1, 1, 1]), ([5, 4000], [5, 3]), ([128, 256, 64], [1, 4, 2]), ([7000], [6]),
@@ -58,7 +61,7 @@ def test_replay_with_other_steps(preset, head_dim):
     worlds = [World(layout, lengths, news, 4, seed=i) for i, (lengths, news) in enumerate(cases)]
     count = max(pages_of(layout, world.lengths) + 1 for world in worlds)
     width = max(max(map(len, world.tables)) for world in worlds)
-    fixed = Buffers(layout, 8, 8, width, 4, count)
+    fixed = Buffers(layout, 8, 8, width, 4, count, defer)
     fixed.fill(worlds[0], list(range(5)))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # warm-up, as torch asks for
@@ -86,15 +89,18 @@ def _scaled():
 
 def compiled_step(layout, space, pages, table, lengths, starts, k, v, q, out):
     k, v = k * 2, v + 1
-    plan = kvarn.plan(layout, table, lengths, starts, tokens=q.shape[0], query_heads=q.shape[1], workspace=space)
+    plan = kvarn.plan(
+        layout, table, lengths, starts, tokens=q.shape[0], query_heads=q.shape[1], defer=True, workspace=space
+    )
     kvarn.append(layout, pages, table, lengths, starts, k, v, plan=plan)
     attended = kvarn.attend(layout, pages, table, lengths, starts, q * 0.5, scale=0.1, out=out, plan=plan)
+    kvarn.cuda.pack(plan, kvarn.cuda.Layers(layout, [pages]))
     return attended * 2
 
 
 def test_torch_compile_sees_one_graph():
     layout = kvarn.Layout(*MAIN, 2)
-    world = World(layout, [300, 40, 129], [1, 2, 5])
+    world = World(layout, [300, 40, 256], [1, 2, 5])
     order = [0, 1, 2]
     step = world.step(order)
     k, v, q = (torch.cat([x[r][len(x[r]) - world.news[r] :] for r in order]) for x in (world.k, world.v, world.q))
@@ -117,14 +123,16 @@ def test_operators_pass_torchs_own_checks():
     shared = [list(space.limits), layout.preset, layout.head_dim, layout.kv_heads, table, lengths, starts, None]
     ops, utils = torch.ops.kvarn, ["test_schema", "test_faketensor"]
     pages, out = world.before.clone(), torch.zeros_like(q)
-    torch.library.opcheck(ops.plan.default, (space.tensor, *shared, 3, 2, 8, 0), test_utils=utils)
-    ops.plan(space.tensor, *shared, 3, 2, 8, 0)
+    torch.library.opcheck(ops.plan.default, (space.tensor, *shared, 3, 2, 8, 0, True), test_utils=utils)
+    ops.plan(space.tensor, *shared, 3, 2, 8, 0, True)
     fed = torch.zeros(2, layout.head_dim, layout.head_dim, device=DEVICE)
     for b, balance in ((None, None), (fed, torch.ones(2, layout.head_dim, device=DEVICE))):
         append = (pages, space.tensor, *shared, 2, k, v, "weighted", b, balance, None)
         torch.library.opcheck(ops.append.default, append, test_utils=utils)
         attend = (pages, space.tensor, *shared, 2, q, out, 0.1, 0.0, 0, None, balance)
         torch.library.opcheck(ops.attend.default, attend, test_utils=utils)
+        pack = ([pages], space.tensor, *shared, 3, 2, "weighted", [b])
+        torch.library.opcheck(ops.pack.default, pack, test_utils=utils)
     k_out, v_out = (torch.zeros(256, 2, layout.head_dim, device=DEVICE) for _ in "kv")
     plain = (pages, layout.preset, layout.head_dim, layout.kv_heads, table, lengths, k_out, v_out)
     torch.library.opcheck(ops.expand.default, plain, test_utils=utils)

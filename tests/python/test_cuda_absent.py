@@ -70,7 +70,8 @@ def test_operators_have_fakes():
     ops = torch.ops.kvarn
     with FakeTensorMode():
         pages, workspace, limits, shared, k, q = fake_step()
-        assert ops.plan(workspace, limits, *shared, 5, 5, 8, 0) is None
+        assert ops.plan(workspace, limits, *shared, 5, 5, 8, 0, True) is None
+        assert ops.pack([pages, pages], workspace, limits, *shared, 5, 5, "weighted", [None, None]) is None
         assert ops.append(pages, workspace, limits, *shared, 5, k, k, "weighted", None, None, None) is None
         out = torch.empty_like(q)
         assert ops.attend(pages, workspace, limits, *shared, 5, q, out, 0.1, 0.0, 0, None, None) is None
@@ -81,12 +82,13 @@ def test_operators_have_fakes():
 
 def test_schemas_say_what_is_written():
     written = {}
-    for name in ("plan", "append", "attend", "expand", "rotate"):
+    for name in ("plan", "append", "pack", "attend", "expand", "rotate"):
         schema = getattr(torch.ops.kvarn, name).default._schema
         written[name] = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert written == {
         "plan": ["workspace"],
         "append": ["pages", "workspace", "replaced"],
+        "pack": ["pages", "workspace"],
         "attend": ["workspace", "out"],
         "expand": ["k", "v"],
         "rotate": [],
@@ -98,11 +100,12 @@ def test_a_step_is_one_graph():
     graphs = []
 
     def step(pages, workspace, limits, shared, k, q):
-        torch.ops.kvarn.plan(workspace, limits, *shared, 5, 5, 8, 0)
+        torch.ops.kvarn.plan(workspace, limits, *shared, 5, 5, 8, 0, True)
         b, ones = k.new_zeros(2, 128, 128, dtype=torch.float32), k.new_ones(2, 128, dtype=torch.float32)
         torch.ops.kvarn.append(pages, workspace, limits, *shared, 5, k * 2, k, "weighted", b, ones, None)
         out = torch.empty_like(q)
         torch.ops.kvarn.attend(pages, workspace, limits, *shared, 5, q + 1, out, 0.1, 0.0, 0, None, ones)
+        torch.ops.kvarn.pack([pages], workspace, limits, *shared, 5, 5, "weighted", [b])
         return out * torch_ops.torch.ops.kvarn.rotate(q)
 
     def backend(graph, _):
@@ -112,4 +115,4 @@ def test_a_step_is_one_graph():
     with FakeTensorMode():
         torch.compile(step, fullgraph=True, backend=backend)(*fake_step())
     called = [str(node.target) for node in graphs[0].graph.nodes if "kvarn" in str(node.target)]
-    assert [name.split(".")[1] for name in called] == ["plan", "append", "attend", "rotate"]
+    assert [name.split(".")[1] for name in called] == ["plan", "append", "attend", "pack", "rotate"]

@@ -149,6 +149,7 @@ def test_a_gpu_is_served(gpu):
     ({"model_config__query_heads": 51}, "17 query heads per KV head, and 16 is the most"),
     ({"parallel_config__enable_dbo": True}, "dual batch overlap"),
     ({"additional_config": {"kvarn_prompts": "fast"}}, "prompts 'fast'; allowed are flash and exact"),
+    ({"additional_config": {"kvarn_pack": "later"}}, "pack 'later'; allowed are step and layer"),
 ])  # fmt: skip
 def test_refused_on_a_gpu(gpu, changes, words):
     with pytest.raises(refuse.Refused, match=words):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One cache dtype: vLLM in this process, every mix of requests, a JSON line for each.
 
-    python -m kvarn.bench.engine '{"model": folder, "kv_cache_dtype": .., "mixes": [[requests, context, output], ..]}'
+    python -m kvarn.bench.engine '{"model": folder, "kv_cache_dtype": .., "mixes": [[requests, context, output, least], ..]}'
 
 A mix starts all requests at once. `prefill_s` ends when the last of them has its first token; `step_ms` is the median
-of the steps in which every request decodes. A mix that is not done in `mix_seconds` is given up: its line says so in
+of the steps in which every request decodes, `step_mean_ms` their mean. A mix that is not done in `mix_seconds` is given up: its line says so in
 `not_done_s` and has what was measured by then. Without mixes the line of the start is all. Standard output carries the
 JSON lines only, everything else goes to standard error.
 """
@@ -41,13 +41,14 @@ def main() -> None:
     tell(start_s=start_s, fit_tokens=capacity.tokens)
     if asked["mixes"]:
         run_mix(llm, 4, 300, 8)  # warm-up
-    for requests, context, output in asked["mixes"]:
+    for requests, context, output, least in asked["mixes"]:
+        mix = {"requests": requests, "context": context, "output": output, "least": least}
         try:
             most = asked.get("mix_seconds", math.inf)
-            found = run_mix(llm, requests, context, output, most, asked.get("profile", False))
-            tell(requests=requests, context=context, output=output, **found)
+            found = run_mix(llm, requests, context, output, least, most, asked.get("profile", False))
+            tell(**mix, **found)
         except Exception as error:
-            tell(requests=requests, context=context, output=output, error=f"{type(error).__name__}: {error}")
+            tell(**mix, error=f"{type(error).__name__}: {error}")
             raise SystemExit(1) from error
 
 
@@ -95,9 +96,13 @@ def start(asked: dict, capacity: Capacity):
     return LLM(model=asked["model"], kv_cache_dtype=asked["kv_cache_dtype"], **options)
 
 
-def run_mix(llm, requests: int, context: int, output: int, seconds: float = math.inf, profile: bool = False) -> dict:
+def run_mix(
+    llm, requests: int, context: int, output: int, least: int | None = None, seconds: float = math.inf,
+    profile: bool = False,
+) -> dict:  # fmt: skip
     """Random prompts of `context` tokens, at least `output` steps each beyond what the others' prefill takes.
 
+    least    the shortest prompt's tokens; None: all are alike
     seconds  when it is given up
     profile  also which kernels run in a decode step; steps are then slower
     """
@@ -111,8 +116,9 @@ def run_mix(llm, requests: int, context: int, output: int, seconds: float = math
     draw = random.Random(requests * 1_000_003 + context)
     params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True, detokenize=False)
     names = [f"{requests}x{context}-{i}" for i in range(requests)]
-    for name in names:
-        prompt = [draw.randrange(2, vocabulary - 2) for _ in range(context)]
+    for i, name in enumerate(names):
+        length = context if least is None else least + (context - least) * i // max(1, requests - 1)
+        prompt = [draw.randrange(2, vocabulary - 2) for _ in range(length)]
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
     begun = time.perf_counter()
     tokens: dict[str, int] = {}
@@ -147,6 +153,7 @@ def measured(prefill: float | None, steps: list[float]) -> dict:
     return {
         "prefill_s": None if prefill is None else round(prefill, 3),
         "step_ms": round(1e3 * statistics.median(steps), 3) if steps else None,
+        "step_mean_ms": round(1e3 * statistics.fmean(steps), 3) if steps else None,
         "steps": len(steps),
     }
 

@@ -13,8 +13,9 @@ def draw(lines: list[dict], mixes: list[Mix]) -> str:
     """A panel for the tokens that fit and one for the decode step of each mix; kvarn's bars are coloured."""
     panels = [("tokens that fit (more is better)", _bars(lines, "fit_tokens"), "{:,.0f}")]
     for mix in mixes:
-        title = f"ms per decode step, {mix.requests} x {mix.context:,} tokens (less is better)"
-        panels.append((title, _bars(lines, "step_ms", mix), "{:.2f}"))
+        least, key = (f"{mix.least:,} to ", "step_mean_ms") if mix.least else ("", "step_ms")
+        title = f"ms per decode step, {mix.requests} x {least}{mix.context:,} tokens (less is better)"
+        panels.append((title, _bars(lines, key, mix), "{:.2f}"))
     parts, top = [], 16
     for title, bars, form in panels:
         parts.append(f'<text x="8" y="{top}" font-weight="bold">{escape(title)}</text>')

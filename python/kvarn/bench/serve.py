@@ -18,28 +18,36 @@ from kvarn.bench import shapes
 
 
 class Mix(NamedTuple):
-    """`requests` prompts of `context` tokens at once, then `output` decode steps of all of them."""
+    """`requests` prompts of `context` tokens at once, then `output` decode steps of all of them.
+
+    least  of the shortest prompt, the others evenly between: then requests pass the edges of tiles in different steps,
+           as they do in a server. None: all alike, and most steps see nothing of it
+    """
 
     requests: int
     context: int
     output: int
+    least: int | None = None
 
     @classmethod
     def of(cls, text: str) -> "Mix":
-        """ "32x16384+40". Raises ValueError for anything else."""
-        match = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", text)
-        if not match or 0 in (numbers := [int(group) for group in match.groups()]):
-            raise ValueError(f"{text!r} is not a mix; write requests x context + output, as in 32x16384+40")
-        return cls(*numbers)
+        """ "32x16384+40" or "64x1921-2048+128". Raises ValueError for anything else."""
+        match = re.fullmatch(r"(\d+)x(?:(\d+)-)?(\d+)\+(\d+)", text)
+        requests, least, *others = (group and int(group) for group in match.groups()) if match else (0, 0, 0)
+        if 0 in (requests, least, *others) or (least and least > others[0]):
+            raise ValueError(
+                f"{text!r} is not a mix; write requests x context + output, as in 32x16384+40 or 64x1921-2048+128"
+            )
+        return cls(requests, *others, least)
 
     def __str__(self) -> str:
-        return f"{self.requests}x{self.context}"
+        return f"{self.requests}x{f'{self.least}-' if self.least else ''}{self.context}"
 
 
 def value(line: dict, key: str, mix: Mix | None = None):
     """What a line of a run says under `key` of `mix`, or of the engine; None if it is not about that."""
-    about = (mix.requests, mix.context) if mix else (None, None)
-    return line.get(key) if (line.get("requests"), line.get("context")) == about else None
+    about = (mix.requests, mix.context, mix.least) if mix else (None, None, None)
+    return line.get(key) if (line.get("requests"), line.get("context"), line.get("least")) == about else None
 
 
 class Limits(NamedTuple):
@@ -118,6 +126,8 @@ def table(lines: list[dict], mixes: list[Mix]) -> tuple[list[str], list[list[str
     rows = [row("tokens that fit", "fit_tokens")]
     for mix in mixes:
         rows += [row(f"{mix} prefill, s", "prefill_s", mix), row(f"{mix} step, ms", "step_ms", mix)]
+        if mix.least:
+            rows.append(row(f"{mix} step, mean, ms", "step_mean_ms", mix))
     again = [line for line in lines if "restart" in line]
     starts = {dtype: [line["start_s"] for line in again if line["kv_cache_dtype"] == dtype] for dtype in dtypes}
     if again:

@@ -2,7 +2,8 @@
 """Attention of a layer on NVIDIA GPUs.
 
 A step is planned once, on the device, when vLLM builds its metadata: outside any CUDA graph, into memory whose address
-never changes, so that a captured step replays with whatever was planned last. Then every layer appends and attends.
+never changes, so that a captured step replays with whatever was planned last. Then every layer appends and attends;
+the last one packs what the step completed (pack).
 
 Requests that decode, drafts included, are kvarn's attention. Prompts go to FlashAttention over 16-bit pages (prompts);
 where there is none, or kvarn_prompts is "exact", or vLLM runs batch-invariant, kvarn's attention takes them too: a row
@@ -20,6 +21,7 @@ from kvarn import cuda
 
 from . import memory, prompts
 from .backend import KvarnLayer, check_causal
+from .pack import Pack
 
 
 @dataclass
@@ -44,26 +46,31 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         layers = vllm_config.compilation_config.static_forward_context
         self.layer = layers[layer_names[0]].impl
         self.memory = memory.reserve(self.layer, vllm_config, device, layer_names[0])
+        self.pack = Pack.of([layers[name].impl for name in layer_names], vllm_config)
+        for name in layer_names:
+            layers[name].impl.pack = self.pack
         self.decode_query = self.memory.most.query
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> Metadata:
         batch, room, heads = common_attn_metadata, self.memory, self.layer.num_heads
         check_causal(batch)
         room.replaced.look()
+        if self.pack:
+            self.pack.check()
         tokens, longest = batch.num_actual_tokens, batch.max_query_len
         if self.layer.flash is None or longest <= self.decode_query:
-            plan = self._plan(batch, batch.num_reqs, tokens, heads, longest, room.decode)
+            plan = self._plan(batch, batch.num_reqs, tokens, heads, longest, room.decode, defer=self.pack is not None)
             return Metadata(tokens, plan, plan, None, room.replaced.count)
         # vLLM puts requests that decode first.
         starts = batch.query_start_loc_cpu
         decoding = int((starts.diff() > self.decode_query).int().argmax())
         rows = int(starts[decoding])
-        append = self._plan(batch, batch.num_reqs, tokens, 0, longest, room.step)
+        append = self._plan(batch, batch.num_reqs, tokens, 0, longest, room.step, defer=self.pack is not None)
         attend = self._plan(batch, decoding, rows, heads, self.decode_query, room.decode) if rows else None
         step = prompts.Step.of(batch, decoding, append, room.prompts)
         return Metadata(tokens, append, attend, step, room.replaced.count)
 
-    def _plan(self, batch, requests, tokens, heads, longest, workspace) -> cuda.Plan:
+    def _plan(self, batch, requests, tokens, heads, longest, workspace, defer=False) -> cuda.Plan:
         # Dummy runs (capture, warm-up, idle data-parallel ranks) come with lengths and with block table rows of an
         # earlier batch; only their slots, all -1, say that nothing may be written.
         return kvarn.plan(
@@ -74,6 +81,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
             tokens=tokens,
             query_heads=heads,
             max_query_len=longest,
+            defer=defer,
             slots=batch.slot_mapping,
             workspace=workspace,
         )
@@ -85,6 +93,8 @@ class Impl(KvarnLayer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.memory: memory.Memory | None = None
+        self.pack: Pack | None = None
+        self.pages = self._cache = None
         self._config = get_current_vllm_config()
         # None: kvarn's attention takes prompts too.
         self.flash = prompts.flash_version(self._config, self.head_size, self.sinks is not None)
@@ -106,7 +116,9 @@ class Impl(KvarnLayer):
             self.memory = self.memory or memory.reserve(self, self._config, query.device)
             return output.fill_(0)
         step, n = attn_metadata, attn_metadata.tokens
-        pages = self.pages_of(kv_cache)
+        if kv_cache is not self._cache:
+            self._cache, self.pages = kv_cache, self.pages_of(kv_cache)
+        pages = self.pages
         matrix, balance = self.feedback or (None, None)
         kvarn.append(
             self.layout, pages, None, None, None, key[:n], value[:n], encoder=self.encoder, plan=step.append,
@@ -124,4 +136,6 @@ class Impl(KvarnLayer):
                 self.layout, pages, None, None, None, query[:rows], out=output[:rows], plan=step.attend,
                 sinks=self._logits, **options,
             )  # fmt: skip
+        if step.append.defer:
+            self.pack.ran(step.append)
         return output

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import kvarn
 
 from . import compat, contract, layers
-from .refuse import USE_16_BIT, Refused, encoder_of, feedback_of, no_kernels, page_tokens, prompts_of
+from .refuse import USE_16_BIT, Refused, encoder_of, feedback_of, no_kernels, pack_of, page_tokens, prompts_of
 
 # Proposers whose layers, if they have any, attend causally to their own tokens, one draft after the other.
 DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator", "eagle", "eagle3", "mtp", "draft_model")
@@ -71,7 +71,7 @@ def _platform(preset, config):
 
 def _choices(preset, config):
     try:
-        for choice in (encoder_of, prompts_of, feedback_of):
+        for choice in (encoder_of, prompts_of, feedback_of, pack_of):
             choice(config)
         layers.asked(config, preset)
     except Refused as error:

@@ -13,6 +13,8 @@ from . import compat
 
 # Whose attention computes prompts on a GPU: FlashAttention's, or kvarn's own, whose bits no schedule changes.
 PROMPTS = ("flash", "exact")
+# When tiles are packed on a GPU: at the end of a step, those of all layers, or each in its layer.
+PACK = ("step", "layer")
 USE_16_BIT = "serve this model with --kv-cache-dtype auto"
 
 
@@ -81,6 +83,11 @@ def feedback_of(config) -> str:
     """Whether keys are rounded for the model's queries: additional_config["kvarn_feedback"], else $KVARN_FEEDBACK, else
     on."""
     return _choice(config, "kvarn_feedback", ("on", "off"))
+
+
+def pack_of(config) -> str:
+    """When tiles are packed on a GPU: additional_config["kvarn_pack"], else $KVARN_PACK, else step."""
+    return _choice(config, "kvarn_pack", PACK)
 
 
 def option_of(config, option: str):
