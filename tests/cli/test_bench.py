@@ -35,6 +35,22 @@ def test_not_a_mix(text):
         serve.Mix.of(text)
 
 
+@pytest.mark.parametrize(("name", "dtype", "drafting"), [
+    ("kvarn_k4v2_g128", "kvarn_k4v2_g128", {}),
+    ("auto+suffix:4", "auto", {"method": "suffix", "num_speculative_tokens": 4}),
+    ("fp8+ngram_gpu:12", "fp8", {"method": "ngram_gpu", "num_speculative_tokens": 12, "prompt_lookup_max": 3,
+     "prompt_lookup_min": 1}),
+])  # fmt: skip
+def test_a_contender(name, dtype, drafting):
+    assert engine.contender(name) == (dtype, drafting)
+
+
+@pytest.mark.parametrize("name", ["", "+ngram:4", "fp8+ngram", "fp8+ngram:0", "fp8+ngram:4+ngram:4"])
+def test_not_a_contender(name, tmp_path):
+    with pytest.raises(ValueError, match=r"fp8\+ngram_gpu:4"):
+        next(serve.measure("qwen3-8b", ["auto", name], [MIX], {}, serve.Limits(), tmp_path))
+
+
 @pytest.mark.parametrize("name", shapes.SHAPES)
 def test_a_shape_is_a_configuration(tmp_path, name):
     folder, has_weights = shapes.folder_of(name, tmp_path)
@@ -133,14 +149,14 @@ def test_every_engine_starts_again_in_turns(measure):
 
 
 class StandIn:
-    """An engine whose steps take a while and give every request a token."""
+    """An engine whose steps take a while and give every request a token, and as many drafts as there are."""
 
-    def __init__(self, seconds: float):
-        self.seconds, self.tokens, self.most = seconds, {}, 0
+    def __init__(self, seconds: float, drafts: int = 0):
+        self.seconds, self.tokens, self.most, self.drafts = seconds, {}, 0, drafts
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(get_vocab_size=lambda: 100),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=1000),
-            speculative_config=None,
+            speculative_config=SimpleNamespace(num_speculative_tokens=drafts) if drafts else None,
         )
 
     def add_request(self, name, prompt, params):
@@ -154,7 +170,7 @@ class StandIn:
 
     def step(self):
         time.sleep(self.seconds)
-        self.tokens = {name: count + 1 for name, count in self.tokens.items()}
+        self.tokens = {name: min(count + 1 + self.drafts, self.most) for name, count in self.tokens.items()}
         said = [
             SimpleNamespace(
                 request_id=name, finished=n == self.most, outputs=[SimpleNamespace(token_ids=[0] * n)]
@@ -173,6 +189,13 @@ def test_a_mix_that_ends_and_one_that_is_given_up():
     found = engine.run_mix(SimpleNamespace(llm_engine=slow), 4, 10, 500, seconds=0.2)
     assert found["not_done_s"] == 0.2 and 0 < found["steps"] < 500 and found["prefill_s"] > 0
     assert "total_s" not in found and not slow.has_unfinished_requests()
+
+
+def test_what_a_step_with_drafts_gains():
+    pytest.importorskip("vllm")
+    found = engine.run_mix(SimpleNamespace(llm_engine=StandIn(0.0, drafts=2)), 4, 10, 5)
+    assert found["step_tokens"] == 3.0
+    assert engine.run_mix(SimpleNamespace(llm_engine=StandIn(0.0)), 4, 10, 5)["step_tokens"] == 1.0
 
 
 def test_the_command(monkeypatch, tmp_path):

@@ -8,17 +8,22 @@ import sys
 import pytest
 from engine import ON_GPU, PRESET
 
+DRAFTED = pytest.param(f"{PRESET}+ngram:2", marks=pytest.mark.slow)
 
-@pytest.mark.parametrize("dtype", ["auto", PRESET])
-def test_how_many_tokens_fit(small_model, dtype):
+
+@pytest.mark.parametrize("dtype", ["auto", PRESET, DRAFTED])
+def test_an_engine_and_two_mixes(small_model, dtype):
     options = {"max_model_len": 512, "kv_cache_memory_bytes": 1 << 26, "enforce_eager": True, "compilation_config": {}}
     if ON_GPU:
         options["gpu_memory_utilization"] = 0.05  # others are there
-    asked = {"model": str(small_model), "kv_cache_dtype": dtype, "mixes": [[2, 40, 2]], "options": options}
+    mixes = [[2, 40, 2, None], [3, 40, 2, 20]]
+    asked = {"model": str(small_model), "kv_cache_dtype": dtype, "mixes": mixes, "options": options}
     ran = subprocess.run(
         [sys.executable, "-m", "kvarn.bench.engine", json.dumps(asked)], capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    start, mix = map(json.loads, ran.stdout.splitlines())
-    assert start["fit_tokens"] > 512
-    assert mix["step_ms"] > 0
+    start, *mixes = map(json.loads, ran.stdout.splitlines())
+    assert start["fit_tokens"] > 512 and len(mixes) == 2
+    for mix in mixes:
+        assert mix["step_ms"] > 0 and mix["step_mean_ms"] > 0
+        assert mix["step_tokens"] >= 1

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a GPU adds to the identity matrix: CUDA graphs, prompts on FlashAttention, prompts of every length."""
 
-from types import SimpleNamespace
-
 import pytest
 from engine import CACHE, GPU, GRAPHS, ROW_BY_ROW, Engine, first_difference, ngram
 
@@ -35,13 +33,8 @@ def test_graphs_that_verify_drafts(small_model, prompts, base, drafts):
     assert first_difference(ours, base) is None
 
 
-def test_drafts_looked_up_on_the_gpu(small_model, prompts, base, monkeypatch):
-    """vLLM schedules ahead then, and does not know how long a request is. It compiles its lookup, and fails where the
-    model is not compiled; here neither is, since linear layers go row by row."""
-    from vllm.config import CompilationMode
-    from vllm.v1.spec_decode import ngram_proposer_gpu
-
-    monkeypatch.setattr(ngram_proposer_gpu, "CompilationMode", SimpleNamespace(VLLM_COMPILE=CompilationMode.NONE))
+def test_drafts_looked_up_on_the_gpu(small_model, prompts, base):
+    """vLLM schedules ahead then, and does not know how long a request is."""
     with Engine(small_model, **GRAPHS, **ngram(4, "ngram_gpu")) as engine:
         assert engine.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         ours = engine.run(prompts)

@@ -59,6 +59,7 @@ SERVED = [
     {"cache_config__block_size": 640},
     {"cache_config__block_size": 16, "cache_config__user_specified_block_size": False},
     {"speculative_config": drafts("ngram", 28)},
+    {"speculative_config": drafts("ngram_gpu", 4)},
     {"speculative_config": drafts("suffix", 4)},
     {"additional_config": {"kvarn_encoder": "varnorm"}},
     {"speculative_config": drafts("eagle3", 4)},

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One cache dtype: vLLM in this process, every mix of requests, a JSON line for each.
 
-    python -m kvarn.bench.engine '{"model": folder, "kv_cache_dtype": .., "mixes": [[requests, context, output, least], ..]}'
+    python -m kvarn.bench.engine '{"model": folder, "kv_cache_dtype": .., "mixes": [[64, 2048, 48, null], ..]}'
 
-A mix starts all requests at once. `prefill_s` ends when the last of them has its first token; `step_ms` is the median
-of the steps in which every request decodes, `step_mean_ms` their mean. A mix that is not done in `mix_seconds` is given up: its line says so in
-`not_done_s` and has what was measured by then. Without mixes the line of the start is all. Standard output carries the
-JSON lines only, everything else goes to standard error.
+A mix (requests, context, output, least: serve.Mix) starts all requests at once. `prefill_s` ends when the last of them
+has its first token; `step_ms` is the median of the steps in which every request decodes, `step_mean_ms` their mean,
+`step_tokens` what a request gains in one, more than 1 with drafts. A mix that is not done in `mix_seconds` is given up:
+its line says so in `not_done_s` and has what was measured by then. Without mixes the line of the start is all. Standard
+output carries the JSON lines only, everything else goes to standard error.
 """
 
 import json
@@ -37,7 +38,7 @@ def main() -> None:
         tell(error=f"{type(error).__name__}: {error}")
         raise SystemExit(1) from error
     start_s = round(time.perf_counter() - started, 2)
-    facts |= machine()
+    facts |= machine() | scheduling(llm.llm_engine.vllm_config)
     tell(start_s=start_s, fit_tokens=capacity.tokens)
     if asked["mixes"]:
         run_mix(llm, 4, 300, 8)  # warm-up
@@ -59,6 +60,30 @@ def machine() -> dict:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"device": device, "vllm": vllm.__version__}
+
+
+def scheduling(config) -> dict:
+    """What of a VllmConfig decides how much of the host's time a step shows."""
+    return {
+        "runner": 2 if getattr(config, "use_v2_model_runner", False) else 1,
+        "schedules_ahead": bool(config.scheduler_config.async_scheduling),
+    }
+
+
+def contender(name: str) -> tuple[str, dict]:
+    """The cache dtype of "fp8" or "fp8+ngram_gpu:4", and vLLM's options for the drafts, four a step, if there are any.
+
+    N-grams of one token on, so that few steps find none: model runner 1 verifies only what was found. Methods that need
+    more get it from `options`. Raises ValueError.
+    """
+    match = re.fullmatch(r"([^+]+)(?:\+(\w+):([1-9]\d*))?", name)
+    if not match:
+        raise ValueError(f"{name!r} is not a cache dtype; with drafts write fp8+ngram_gpu:4")
+    dtype, method, drafts = match.groups()
+    if not method:
+        return dtype, {}
+    lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1} if method.startswith("ngram") else {}
+    return dtype, {"method": method, "num_speculative_tokens": int(drafts)} | lookup
 
 
 class Capacity(logging.Filter):
@@ -91,9 +116,12 @@ def start(asked: dict, capacity: Capacity):
         "disable_log_stats": True,
     }
     options |= asked.get("options", {})
+    dtype, drafting = contender(asked["kv_cache_dtype"])
+    if drafting:
+        options["speculative_config"] = drafting | options.get("speculative_config", {})
     if asked.get("dummy"):
         options["load_format"] = "dummy"
-    return LLM(model=asked["model"], kv_cache_dtype=asked["kv_cache_dtype"], **options)
+    return LLM(model=asked["model"], kv_cache_dtype=dtype, **options)
 
 
 def run_mix(
@@ -122,19 +150,21 @@ def run_mix(
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
     begun = time.perf_counter()
     tokens: dict[str, int] = {}
-    prefill, steps, left, profiler = None, [], requests, None
+    prefill, steps, left, profiler, gained = None, [], requests, None, 0
     while engine.has_unfinished_requests():
         before = time.perf_counter()
         if before - begun > seconds:
             give_up(engine, names)
-            return measured(prefill, steps) | {"not_done_s": seconds}
+            return measured(prefill, steps, gained / requests) | {"not_done_s": seconds}
         outputs = engine.step()
         now = time.perf_counter()
+        had = sum(tokens.values())
         for one in outputs:
             tokens[one.request_id] = len(one.outputs[0].token_ids)
             left -= one.finished
         if prefill is not None and left == requests and len(outputs) == requests:
             steps.append(now - before)
+            gained += sum(tokens.values()) - had
             if profile and len(steps) == output // 2:
                 profiler = Profiler()
             if profiler and len(steps) == output // 2 + PROFILED:
@@ -145,15 +175,16 @@ def run_mix(
         raise RuntimeError(f"a request ended after {min(tokens.values())} of {most} tokens")
     took = time.perf_counter() - begun
     whole = {"total_s": round(took, 3), "output_tokens_per_s": round(sum(tokens.values()) / took, 1)}
-    return measured(prefill, steps) | whole | ({"kernels": profiler.kernels} if profiler else {})
+    return measured(prefill, steps, gained / requests) | whole | ({"kernels": profiler.kernels} if profiler else {})
 
 
-def measured(prefill: float | None, steps: list[float]) -> dict:
-    """Both in seconds; steps are those in which every request decodes."""
+def measured(prefill: float | None, steps: list[float], gained: float) -> dict:
+    """Seconds; steps are those in which every request decodes, and gained what each has from all of them, tokens."""
     return {
         "prefill_s": None if prefill is None else round(prefill, 3),
         "step_ms": round(1e3 * statistics.median(steps), 3) if steps else None,
         "step_mean_ms": round(1e3 * statistics.fmean(steps), 3) if steps else None,
+        "step_tokens": round(gained / len(steps), 2) if steps else None,
         "steps": len(steps),
     }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import kvarn
-from kvarn.bench import shapes
+from kvarn.bench import engine, shapes
 
 
 class Mix(NamedTuple):
@@ -62,10 +62,13 @@ def measure(
 ) -> Iterator[dict]:
     """Every line that the engines print, as they come. An engine that fails gives a line with `error`.
 
+    dtypes    see kvarn.bench.engine.contender
     options   of vllm.LLM, over those of kvarn.bench.engine.start
     log       folder for what the engines say
     restarts  how often every engine starts again, without mixes, once all have run: in turns, backward and forward
     """
+    for dtype in dtypes:
+        engine.contender(dtype)
     with tempfile.TemporaryDirectory() as scratch:
         folder, has_weights = shapes.folder_of(model, Path(scratch))
         log.mkdir(parents=True, exist_ok=True)

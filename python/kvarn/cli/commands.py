@@ -102,7 +102,7 @@ def demo(
 @bench.command()
 def serve(
     model: Annotated[str, typer.Argument(help="A checkpoint folder, or a shape to run on dummy weights: qwen3-8b, ..")],
-    dtypes: Annotated[str, typer.Option(help="Cache dtypes, the one to compare with first.")] = (
+    dtypes: Annotated[str, typer.Option(help="Cache dtypes, the one to compare with first; +ngram_gpu:4 drafts.")] = (
         "auto,fp8,turboquant_4bit_nc,int4_per_token_head,kvarn_k4v2_g128"
     ),
     mixes: Annotated[
