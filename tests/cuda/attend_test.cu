@@ -140,7 +140,7 @@ void run(const Case& c) {
     const kvarn_cuda_step step{{requests, width, width, device_table, device_lengths, device_starts}, nullptr, tokens, most};
     const kvarn_pages where{device_pages, count, layout.page_bytes};
     const cuda::Launch launch{layout, where, step, limits, workspace, map, ctas, nullptr};
-    check(cuda::plan(launch, heads, c.window), "plan");
+    check(cuda::plan(launch, heads, c.window, false), "plan");
     // raw tiles of prompts come from append; here from the CPU's workspace
     check(cuda::attend(launch, {device_q, KVARN_FLOAT32, tokens, heads, stride, c.head_dim},
                        {device_out, KVARN_FLOAT32, tokens, heads, stride, c.head_dim},

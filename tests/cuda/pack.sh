@@ -16,6 +16,7 @@ headers=${HEADERS:-$("$python" -c 'import sysconfig; print(sysconfig.get_path("i
 shapes="k4v2_g128_d128;k4v3_g128_d128;k2v2_g128_d128;k4v4_g128_d128;k8v4_g128_d128;k4v2_g128_d64;k4v2_g128_d96"
 shapes+=";k4v2_g128_d256;k4v2_g64_d128;k4v3_g64_d96;k2v2_g64_d64;k4v4_g128_d64;k3v3_g128_d128;k3v3_g128_d64"
 mkdir -p "$build"
+rm -f "$out"/{commit,_core.so.xz,libkvarn.a.xz,*.o}  # what fails leaves nothing behind
 cmake -G Ninja -S "$root" -B "$build" -DKVARN_CUDA=ON -DKVARN_TESTS=OFF -DCMAKE_POSITION_INDEPENDENT_CODE=ON \
   -DKVARN_CUDA_ARCHITECTURES="$architecture" "-DKVARN_CUDA_SHAPES=${KVARN_CUDA_SHAPES:-$shapes}" \
   "-DCMAKE_CUDA_FLAGS=-lineinfo -Xptxas=-v" >"$build/configure.log" || { cat "$build/configure.log"; exit 1; }
