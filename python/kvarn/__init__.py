@@ -15,8 +15,8 @@ is allowed; nothing is written before every argument is checked. Threads are Ope
 OMP_NUM_THREADS).
 
 The same functions take CUDA tensors, all of them on one device: kvarn.cuda has what a step should do once for all its
-layers (CudaWorkspace, plan), torch.ops.kvarn what torch.compile sees. cuda_available() says whether that works here,
-cuda_missing() why not.
+layers (CudaWorkspace, plan, pack), torch.ops.kvarn what torch.compile sees. cuda_available() says whether that works
+here, cuda_missing() why not.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def cuda_available() -> bool:
 
 def __getattr__(name: str):
     # These need torch, or torch and transformers, which numpy users may not have.
-    if name == "hf":
+    if name in ("cuda", "hf"):
         import importlib
 
-        return importlib.import_module("kvarn.hf")
+        return importlib.import_module(f"kvarn.{name}")
     if name in ("CudaWorkspace", "Plan", "plan"):
         from kvarn import cuda
 

@@ -175,7 +175,8 @@ class Layers:
         self.layout, self.pages = layout, list(pages)
         self.feedback = [None] * len(self.pages) if feedback is None else list(feedback)
         self.device = self.pages[0].device if self.pages else None
-        self.core = _launch.layers(_core_of(layout), self.pages, self.feedback, self.device)
+        if not torch.compiler.is_compiling():  # there the operator reads the tensors
+            self.core = _launch.layers(_core_of(layout), self.pages, self.feedback, self.device)
 
 
 def pack(made: Plan, layers: Layers, encoder: str = "weighted") -> None:

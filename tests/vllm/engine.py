@@ -67,7 +67,7 @@ class Engine:
             "kv_cache_memory_bytes": 1 << 30,
             "enforce_eager": True,
             "skip_tokenizer_init": True,
-        } | ({"gpu_memory_utilization": 0.05} if ON_GPU else {})  # several engines may share a GPU
+        } | (_on_gpu() if ON_GPU else {})
         self._options = defaults | options | {"model": str(model), "disable_log_stats": False}
         self._in_process, self._cached = in_process, 0
 
@@ -159,6 +159,14 @@ class Engine:
         counted = {short: int(values.get(name, 0)) for short, name in COUNTERS.items()}
         # With asynchronous scheduling vLLM's own counter misses the first step after a pause.
         return counted | {"hits": max(counted["hits"], self._cached)}
+
+
+def _on_gpu() -> dict:
+    """Several engines share a GPU. Newer releases compile Triton kernels ahead where a model is compiled, for minutes."""
+    from vllm.config import KernelConfig
+
+    warmup = "enable_jit_warmup" in KernelConfig.__dataclass_fields__
+    return {"gpu_memory_utilization": 0.05} | ({"kernel_config": {"enable_jit_warmup": False}} if warmup else {})
 
 
 def _sampling(tokens: int, **changes) -> SamplingParams:
