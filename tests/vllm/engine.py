@@ -162,7 +162,7 @@ class Engine:
 
 
 def _on_gpu() -> dict:
-    """Several engines share a GPU. Newer releases compile Triton kernels ahead where a model is compiled, for minutes."""
+    """Engines share a GPU. Newer releases compile Triton kernels ahead where a model is compiled, for minutes."""
     from vllm.config import KernelConfig
 
     warmup = "enable_jit_warmup" in KernelConfig.__dataclass_fields__
