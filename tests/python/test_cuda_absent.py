@@ -1,6 +1,7 @@
 """What can be said of the CUDA verbs without a GPU: the module loads anywhere and says why it cannot run, and its
 operators have fakes that torch.compile can trace."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import kvarn
 import pytest
 import torch
-from kvarn import _core, torch_ops
+from kvarn import _core, _launch, torch_ops
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 LAYOUT = kvarn.Layout("kvarn_k4v2_g128", 128, 2)
@@ -54,6 +55,49 @@ def test_cuda_options_are_refused_on_the_cpu(option):
             kvarn.attend(LAYOUT, pages, *step, k, scale=1.0, **{name: value})
     with pytest.raises(ValueError, match="out is for CUDA"):
         kvarn.expand(LAYOUT, pages, *step[:2], out=(k, k))
+
+
+@pytest.fixture
+def in_host_memory(monkeypatch):
+    """A workspace and tensors in this machine's memory: all that the library needs to find that there is no GPU."""
+    monkeypatch.setattr(_launch, "on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(_launch, "queue", lambda device: (0, 0))
+    space = kvarn.CudaWorkspace.__new__(kvarn.CudaWorkspace)
+    space.layout, space.limits = LAYOUT, (16, 2, 8, 1024, 8)
+    memory = torch.zeros((1 << 20) + 256, dtype=torch.uint8)
+    space.tensor = memory[-memory.data_ptr() % 256 :][: 1 << 20]
+    return space
+
+
+STEP = [torch.tensor(x, dtype=torch.int32) for x in ([[*range(6)], [*range(6, 12)]], [3, 2], [0, 3, 5])]
+VERBS = {
+    "plan": lambda c, plan, pages, k, q: kvarn.plan(LAYOUT, *STEP, tokens=5, query_heads=8, workspace=plan.workspace),
+    "append": lambda c, plan, pages, k, q: c.append(
+        LAYOUT, pages, None, None, None, k, k, None, "weighted", torch.zeros(2, 128, 128), torch.ones(2, 128), None,
+        plan, torch.zeros(1, dtype=torch.int64),
+    ),
+    "pack": lambda c, plan, pages, k, q: c.pack(plan, c.Layers(LAYOUT, [pages] * 2, [None, torch.zeros(2, 128, 128)])),
+    "attend": lambda c, plan, pages, k, q: c.attend(
+        LAYOUT, pages, None, None, None, q, 0.1, 0.0, None, None, None, None, torch.zeros(8), torch.ones(2, 128), plan
+    ),
+    "expand": lambda c, plan, pages, k, q: c.expand(LAYOUT, pages, *STEP[:2], None, (k, k)),
+    "rotate": lambda c, plan, pages, k, q: c.rotate(k),
+    "prefill pages": lambda c, plan, pages, k, q: c.prefill_pages(
+        plan, pages, torch.zeros(5, 4, dtype=torch.int32), torch.zeros(5, dtype=torch.int32),
+        torch.zeros(6, dtype=torch.int32), *[torch.zeros(256, 2, 128).half()] * 2, torch.zeros(1, dtype=torch.int32),
+    ),
+}  # fmt: skip
+
+
+@without_gpu
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_reaches_the_library(in_host_memory, verb):
+    """Its arguments are those that the library takes; what is missing is the GPU alone."""
+    plan = kvarn.Plan(LAYOUT, *STEP, None, 5, 8, 3, 0, True, in_host_memory)
+    pages = torch.zeros(20, LAYOUT.page_bytes, dtype=torch.uint8)
+    k, q = torch.zeros(5, 2, 128).half(), torch.zeros(5, 8, 128).half()
+    with pytest.raises(RuntimeError, match=re.escape(kvarn.cuda_missing())):
+        VERBS[verb](kvarn.cuda, plan, pages, k, q)
 
 
 def fake_step():
