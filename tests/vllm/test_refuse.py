@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot be served is refused before a model runs, with what was found and what to do."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import kvarn
 import pytest
 import torch
 from engine import PRESET
-from kvarn.vllm import hooks, limits, refuse
+from kvarn.vllm import hooks, layers, limits, refuse
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -111,6 +113,15 @@ def test_refused(changes, words):
     with pytest.raises(refuse.Refused) as caught:
         hooks.check_config(config(**changes))
     assert words in str(caught.value) and PRESET in str(caught.value)
+
+
+def test_the_guide_names_every_limit_and_option():
+    guide = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    for limit in limits.LIMITS:
+        assert f"| {limit.what} | {limit.remedy} |" in guide
+    asked = set(re.findall(r'"(kvarn_[a-z]+)"', Path(refuse.__file__).read_text() + Path(layers.__file__).read_text()))
+    described = set(re.findall(r"^\| `(kvarn_[a-z]+)` \|", guide, re.MULTILINE))
+    assert described == asked != set()
 
 
 def test_every_reason_at_once():
