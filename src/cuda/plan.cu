@@ -6,6 +6,7 @@
 #include "cuda/device.cuh"
 #include "cuda/launch.hpp"
 #include "cuda/plan_cuts.cuh"
+#include "cuda/plan_deferred.cuh"
 
 namespace kvarn::cuda {
 namespace {
@@ -69,32 +70,6 @@ __device__ BlockPlan block_of(const PlanInputs& in, const RequestPlan& r, int32_
   return b;
 }
 
-// Which tiles that complete no row of this step reads packed, so that pack may do them after all layers: those whose
-// last row is the step's last of its request, unless another request has the page too. `count` requests complete a tile
-// so. Returns how many of them stay, listed in plan.deferred.
-__device__ int32_t settle_deferred(const PlanInputs& in, const Plan& plan, int32_t count) {
-  __shared__ int32_t kept;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int32_t requests = in.batch.requests;
-  if (thread == 0) kept = 0;
-  for (int64_t i = thread; i < int64_t{count} * requests; i += kThreads) {
-    const int32_t request = plan.deferred[i / requests], other = static_cast<int32_t>(i % requests);
-    const int32_t length = plan.requests[request].length, tile = length / in.layout.page_tokens - 1;
-    const auto page = [&](int32_t r) { return in.batch.block_table[r * in.batch.table_stride + tile]; };
-    if (other != request && plan.requests[other].length > length - in.layout.page_tokens &&
-        page(other) == page(request))
-      plan.requests[request].deferred = 0;
-  }
-  __syncthreads();
-  for (int32_t base = 0; base < count; base += kThreads) {
-    const int32_t request = base + thread < count ? plan.deferred[base + thread] : -1;
-    __syncthreads();  // what the next line overwrites was read
-    if (request >= 0 && plan.requests[request].deferred != 0) plan.deferred[atomicAdd(&kept, 1)] = request;
-  }
-  __syncthreads();
-  return kept;
-}
-
 __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan plan) {
   using CountScan = cub::BlockScan<Counts, kThreads>;
   using CostScan = cub::BlockScan<Costs, kThreads>;
@@ -133,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
     __syncthreads();
   }
   const bool even = least_tile == most_tile;
-  const int32_t deferred = deferrable > 0 ? settle_deferred(in, plan, deferrable) : 0;
+  const int32_t deferred = deferrable > 0 ? settle_deferred<kThreads>(in, plan, deferrable) : 0;
   total = {min(total.tiles, in.max_tiles), min(total.raw, in.max_raw_tiles), min(total.blocks, in.max_blocks)};
 
   for (int32_t i = thread; i < total.tiles; i += kThreads) {
