@@ -117,6 +117,7 @@ sanitize: $(DONE)/build
 	@$(BIN)/ctest --test-dir build/sanitize --output-on-failure 2>&1 | tee build/sanitize.log
 
 fuzz: $(DONE)/build
+	@command -v clang++-19 >/dev/null || { echo 'fuzzing needs clang++-19 and its libFuzzer: apt install clang-19 libclang-rt-19-dev'; exit 1; }
 	@mkdir -p build
 	@$(CMAKE) -S . -B build/fuzz -DKVARN_FUZZ=ON -DCMAKE_CXX_COMPILER=clang++-19 -DCMAKE_C_COMPILER=clang-19 \
 	  >build/configure.log || { cat build/configure.log; exit 1; }

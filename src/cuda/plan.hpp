@@ -78,7 +78,7 @@ inline constexpr int kMaxComputingWarps = 16, kMaxQuads = 16;  // of a CTA of at
 // rank, and those of two own tiles.
 constexpr int64_t most_parts(const kvarn_layout& layout, int64_t max_seq_len) {
   const int64_t pieces = max_seq_len / (int64_t{layout.page_tokens} * kPieceTiles) + 1;
-  return 2 * std::bit_width(static_cast<uint64_t>(pieces)) + 10;
+  return 2 * static_cast<int64_t>(std::bit_width(static_cast<uint64_t>(pieces))) + 10;
 }
 
 // Room for one of them, of one quad: slices of 32 channels with unit and value of every column.
