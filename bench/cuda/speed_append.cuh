@@ -13,6 +13,7 @@ struct AppendCase {
   std::vector<int32_t> lengths;  // after the step
   bool feed = false;             // with feedback
   int layers = 0;                // > 0: what so many layers left to pack
+  const char* verb() const { return layers > 0 ? "pack" : "append"; }
 };
 
 inline std::vector<AppendCase> append_cases() {
@@ -160,15 +161,14 @@ inline void append_checked(Bench& bench, const char* preset, int head_dim, int k
             last = (launches - 1) % step.layers();
   const Timing timing = time_graph(launches, launch);
   compare(last, "after the timed steps");
-  bench.report(c.layers > 0 ? "pack" : "append", preset,
+  bench.report(c.verb(), preset,
                std::string(c.name) + ", " + std::to_string(kv_heads) + " heads D" + std::to_string(head_dim) +
                    ", batch " + std::to_string(c.lengths.size()),
                c.rows, "", timing, moved_bytes(layout, c), 0);
 }
 
 inline void append(Bench& bench, const char* preset, int head_dim, int kv_heads, const AppendCase& c) {
-  bench.run((c.layers > 0 ? "pack " : "append ") + std::string(preset) + " " + c.name + " " +
-                std::to_string(c.lengths.size()),
+  bench.run(std::string(c.verb()) + " " + preset + " " + c.name + " " + std::to_string(c.lengths.size()),
             [&] { append_checked(bench, preset, head_dim, kv_heads, c); });
 }
 

@@ -20,6 +20,7 @@
 
 namespace nb = nanobind;
 using kvarn::python::check;
+using kvarn::python::encoder_of;
 
 namespace {
 
@@ -100,31 +101,26 @@ void plan(const kvarn_layout& layout, const Step& step, int32_t query_heads, int
   check(kvarn_cuda_plan(&layout, &this_step, query_heads, window, defer ? 1 : 0, &space, stream_of(queue)));
 }
 
-kvarn_encoder encoder_of(const std::string& name) {
-  if (name != "weighted" && name != "varnorm")
-    throw nb::value_error(("encoder \"" + name + "\" is unknown; allowed: weighted, varnorm").c_str());
-  return name == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED;
-}
-
 void append(const kvarn_layout& layout, const Pages& pages, const Step& step, const Rows& k, const Rows& v,
             const std::string& encoder, Address feedback, Address balance, Address replaced, const Workspace& workspace,
             const Queue& queue) {
+  const kvarn_encoder code = encoder_of(encoder);
   const kvarn_pages pool = pages_of(pages);
   const kvarn_cuda_step this_step = step_of(step);
   const kvarn_rows k_rows = in(k), v_rows = in(v);
   const kvarn_cuda_workspace space = workspace_of(workspace);
-  check(kvarn_cuda_append(&layout, &pool, &this_step, &k_rows, &v_rows, encoder_of(encoder),
-                          pointer<const float>(feedback), pointer<const float>(balance), pointer<int64_t>(replaced),
-                          &space, stream_of(queue)));
+  check(kvarn_cuda_append(&layout, &pool, &this_step, &k_rows, &v_rows, code, pointer<const float>(feedback),
+                          pointer<const float>(balance), pointer<int64_t>(replaced), &space, stream_of(queue)));
 }
 
 void pack(const kvarn_layout& layout, const std::vector<std::tuple<Pages, Address>>& layers, const Step& step,
           const std::string& encoder, const Workspace& workspace, const Queue& queue) {
+  const kvarn_encoder code = encoder_of(encoder);
   std::vector<kvarn_cuda_layer> all;
   for (const auto& [pages, feedback] : layers) all.push_back({pages_of(pages), pointer<const float>(feedback)});
   const kvarn_cuda_step this_step = step_of(step);
   const kvarn_cuda_workspace space = workspace_of(workspace);
-  check(kvarn_cuda_pack(&layout, all.data(), static_cast<int32_t>(all.size()), &this_step, encoder_of(encoder), &space,
+  check(kvarn_cuda_pack(&layout, all.data(), static_cast<int32_t>(all.size()), &this_step, code, &space,
                         stream_of(queue)));
 }
 

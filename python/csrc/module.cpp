@@ -18,6 +18,7 @@
 
 namespace nb = nanobind;
 using kvarn::python::check;
+using kvarn::python::encoder_of;
 
 namespace {
 
@@ -172,15 +173,13 @@ int64_t append(const kvarn_layout& layout, const Array& pages, const ReadOnly& b
                const ReadOnly& query_starts, const ReadOnly& k, const ReadOnly& v, const Array& workspace,
                const std::string& encoder, const std::optional<std::string>& target,
                const std::optional<ReadOnly>& feedback, const std::optional<ReadOnly>& balance) {
-  if (encoder != "weighted" && encoder != "varnorm")
-    throw nb::value_error(concatenate("encoder \"", encoder, "\" is unknown; allowed: weighted, varnorm").c_str());
+  const kvarn_encoder code = encoder_of(encoder);
   const kvarn_pages pool = pages_of(pages, layout);
   const kvarn_batch batch = batch_of(block_table, seq_lens, &query_starts);
   const auto k_rows = rows_of<kvarn_rows>("k", k, layout.head_dim),
              v_rows = rows_of<kvarn_rows>("v", v, layout.head_dim);
   const kvarn_workspace space = workspace_of(workspace);
   const Options options(target);
-  const kvarn_encoder code = encoder == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED;
   const float* matrices = floats_of("feedback", feedback, {layout.kv_heads, layout.head_dim, layout.head_dim});
   const float* divisors = floats_of("balance", balance, {layout.kv_heads, layout.head_dim});
   int64_t replaced = 0;
@@ -269,6 +268,12 @@ void check(kvarn_status status) {
     default:
       throw nb::value_error(message.c_str());
   }
+}
+
+kvarn_encoder encoder_of(const std::string& name) {
+  if (name != "weighted" && name != "varnorm")
+    throw nb::value_error(concatenate("encoder \"", name, "\" is unknown; allowed: weighted, varnorm").c_str());
+  return name == "varnorm" ? KVARN_VARNORM : KVARN_WEIGHTED;
 }
 
 }  // namespace kvarn::python

@@ -20,10 +20,11 @@ xz -dc "$from/libkvarn.a.xz" >"$work/libkvarn.a" &
 rm -rf "$work/site/kvarn" && cp -r "$root/python/kvarn" "$work/site/" && rm -f "$work"/site/kvarn/_core*
 xz -dc "$from/_core.so.xz" >"$work/site/kvarn/_core$(python3 -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
 wait
-rm -f "$work"/{speed,attend_test,sanitized}
-for program in speed attend_test sanitized; do nvcc "$from/$program.o" "$work/libkvarn.a" -lpthread -o "$work/$program" & done
+programs=(speed attend_test sanitized)
+rm -f "${programs[@]/#/$work/}"
+for program in "${programs[@]}"; do nvcc "$from/$program.o" "$work/libkvarn.a" -lpthread -o "$work/$program" & done
 wait
-for program in speed attend_test sanitized; do [[ -x $work/$program ]] || { echo "$program does not link: pack again"; exit 2; }; done
+for program in "${programs[@]}"; do [[ -x $work/$program ]] || { echo "$program does not link: pack again"; exit 2; }; done
 echo "linked in $((SECONDS - begun)) s"
 cd "$root"
 

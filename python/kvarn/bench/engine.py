@@ -46,8 +46,7 @@ def main() -> None:
         mix = {"requests": requests, "context": context, "output": output, "least": least}
         try:
             most = asked.get("mix_seconds", math.inf)
-            found = run_mix(llm, requests, context, output, least, most, asked.get("profile", False))
-            tell(**mix, **found)
+            tell(**mix, **run_mix(llm, **mix, seconds=most, profile=asked.get("profile", False)))
         except Exception as error:
             tell(**mix, error=f"{type(error).__name__}: {error}")
             raise SystemExit(1) from error

@@ -39,11 +39,7 @@ def pack(made: Plan, layers: Layers, encoder: str = "weighted") -> None:
     if layers.device not in (None, space.tensor.device):
         raise ValueError(f"the layers are on {layers.device}; the plan is on {space.tensor.device}")
     if torch.compiler.is_compiling():
-        layout = made.layout
-        torch.ops.kvarn.pack(
-            layers.pages, space.tensor, list(space.limits), layout.preset, layout.head_dim, layout.kv_heads,
-            made.block_table, made.seq_lens, made.query_starts, made.slots, made.tokens, made.max_query_len, encoder,
-            layers.feedback,
-        )  # fmt: skip
+        shape = made.tokens, made.max_query_len
+        torch.ops.kvarn.pack(layers.pages, *made.operands(), *shape, encoder, layers.feedback)
     else:
         _launch.pack(core_of(made.layout), space.tensor, space.limits, made.step(), layers.core, encoder)

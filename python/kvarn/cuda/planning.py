@@ -27,6 +27,15 @@ class Plan:
         self.tokens, self.query_heads, self.max_query_len, self.window = tokens, query_heads, max_query_len, window
         self.defer = defer
 
+    def operands(self, block_table=None) -> tuple:
+        """For torch.ops.kvarn: workspace to slots, which plan, append, pack and attend have alike."""
+        space, layout = self.workspace, self.layout
+        table = self.block_table if block_table is None else block_table
+        return (
+            space.tensor, list(space.limits), layout.preset, layout.head_dim, layout.kv_heads, table, self.seq_lens,
+            self.query_starts, self.slots,
+        )  # fmt: skip
+
     def step(self, block_table=None) -> tuple:
         """For _launch; with another layer's block table, if one is given."""
         if block_table is not None and block_table is not self.block_table:
@@ -81,10 +90,7 @@ def plan(
         layout, block_table, seq_lens, query_starts, slots, tokens, query_heads, longest, window, defer, workspace
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        torch.ops.kvarn.plan(
-            workspace.tensor, list(workspace.limits), layout.preset, layout.head_dim, layout.kv_heads, block_table,
-            seq_lens, query_starts, slots, tokens, longest, query_heads, window, defer,
-        )  # fmt: skip
+        torch.ops.kvarn.plan(*made.operands(), tokens, longest, query_heads, window, defer)
     else:
         _launch.plan(core, workspace.tensor, workspace.limits, made.step(), query_heads, window, defer)
     return made

@@ -16,18 +16,14 @@ def append(
 ) -> None:  # fmt: skip
     """kvarn.append on CUDA tensors."""
     made = plan_of(plan_, layout, block_table, seq_lens, query_starts, k, 0, 0, slots, workspace)
-    space, table = made.workspace, made.block_table if block_table is None else block_table
     if torch.compiler.is_compiling():
-        torch.ops.kvarn.append(
-            pages, space.tensor, list(space.limits), layout.preset, layout.head_dim, layout.kv_heads, table,
-            made.seq_lens, made.query_starts, made.slots, made.max_query_len, k, v, encoder, feedback, balance,
-            replaced,
-        )  # fmt: skip
+        operands = *made.operands(block_table), made.max_query_len
+        torch.ops.kvarn.append(pages, *operands, k, v, encoder, feedback, balance, replaced)
     else:
         same_rows("k", k, made)
+        space, step = made.workspace, made.step(block_table)
         _launch.append(
-            core_of(layout), space.tensor, space.limits, made.step(table), pages, k, v, encoder, feedback, balance,
-            replaced,
+            core_of(layout), space.tensor, space.limits, step, pages, k, v, encoder, feedback, balance, replaced
         )  # fmt: skip
 
 
@@ -46,18 +42,14 @@ def attend(
         )
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    space, table = made.workspace, made.block_table if block_table is None else block_table
     if torch.compiler.is_compiling():
-        torch.ops.kvarn.attend(
-            pages, space.tensor, list(space.limits), layout.preset, layout.head_dim, layout.kv_heads, table,
-            made.seq_lens, made.query_starts, made.slots, made.max_query_len, q, out, scale, soft_cap, window, sinks,
-            balance,
-        )  # fmt: skip
+        operands = *made.operands(block_table), made.max_query_len
+        torch.ops.kvarn.attend(pages, *operands, q, out, scale, soft_cap, window, sinks, balance)
     else:
         same_rows("q", q, made)
+        space, step = made.workspace, made.step(block_table)
         _launch.attend(
-            core_of(layout), space.tensor, space.limits, made.step(table), pages, q, out, scale, soft_cap, window,
-            sinks, balance,
+            core_of(layout), space.tensor, space.limits, step, pages, q, out, scale, soft_cap, window, sinks, balance
         )  # fmt: skip
     return out
 

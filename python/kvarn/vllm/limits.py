@@ -9,8 +9,10 @@ import kvarn
 from . import compat, contract, layers
 from .refuse import USE_16_BIT, Refused, encoder_of, feedback_of, no_kernels, pack_of, page_tokens, prompts_of
 
-# Proposers whose layers, if they have any, attend causally to their own tokens, one draft after the other.
-DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator", "eagle", "eagle3", "mtp", "draft_model")
+# Proposers without attention of their own, and those whose layers attend causally to their own tokens, one draft after
+# the other.
+DRAFT_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator")
+DRAFT_METHODS = (*DRAFT_WITHOUT_LAYERS, "eagle", "eagle3", "mtp", "draft_model")
 # Connectors that hand over full blocks only: packed tiles, which nobody writes again.
 WHOLE_BLOCK_CONNECTORS = ("OffloadingConnector",)
 

@@ -8,10 +8,8 @@ its CUDA graph: what vLLM does after a step, sharing a block or copying it, find
 
 from kvarn import cuda
 
+from .limits import DRAFT_WITHOUT_LAYERS
 from .refuse import pack_of
-
-# Proposers without attention of their own: all layers of a group run once in every pass.
-WHOLE_PASSES = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator")
 
 
 class Pack:
@@ -25,7 +23,8 @@ class Pack:
     def of(cls, layers: list, config) -> "Pack | None":
         """None where every layer packs for itself."""
         drafts = config.speculative_config
-        whole = drafts is None or drafts.method in WHOLE_PASSES
+        # Else not all layers of a group run once in every pass: those that draft run more often, by themselves.
+        whole = drafts is None or drafts.method in DRAFT_WITHOUT_LAYERS
         return cls(layers) if pack_of(config) == "step" and whole and len(layers) > 1 else None
 
     def check(self) -> None:
