@@ -26,7 +26,9 @@ void run_all(Bench& bench) {
   }
   for (const Shape& s : {Shape{kPreset, 128, 32, 8, 32, 32768, 1024},
                          {kPreset, 128, 32, 8, 64, 16384, 256},
-                         {kPreset, 128, 32, 8, 256, 4096, 128}}) {
+                         {kPreset, 128, 32, 8, 256, 4096, 128},
+                         {kPreset, 128, 32, 8, 64, 2112, 1985},
+                         {kPreset, 128, 32, 8, 32, 16384, 15500}}) {
     attend(bench, s);
     plan(bench, s);
   }

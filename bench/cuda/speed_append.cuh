@@ -125,9 +125,10 @@ inline void append_checked(Bench& bench, const char* preset, int head_dim, int k
 
   const Rows k(step.tokens(), kv_heads, head_dim, KVARN_BFLOAT16, 3),
       v(step.tokens(), kv_heads, head_dim, KVARN_BFLOAT16, 4);
-  const kvarn_cuda_step device_step = step.step();
+  kvarn_cuda_step device_step = step.step();
+  device_step.defer = c.layers > 0;
   const kvarn_rows k_rows = k.in(), v_rows = v.in();
-  check(kvarn_cuda_plan(&layout, &device_step, 0, 0, c.layers > 0, &workspace, nullptr), "plan");
+  check(kvarn_cuda_plan(&layout, &device_step, 0, 0, &workspace, nullptr), "plan");
   check(cudaDeviceSynchronize(), "plan");
   const std::vector<float> matrices = timed::feedback(kv_heads, head_dim);
   const Device<float> on_device(matrices);

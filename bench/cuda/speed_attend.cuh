@@ -39,10 +39,11 @@ struct Attention {
         q_rows(q.in()),
         options{1 / std::sqrt(static_cast<float>(s.head_dim)), 0, 0, nullptr, nullptr},
         query_heads(s.query_heads) {
+    device_step.defer = 1;
     step.fill(1);
   }
   void plan(cudaStream_t stream) const {
-    check(kvarn_cuda_plan(&layout, &device_step, query_heads, 0, 0, &workspace, stream), "plan");
+    check(kvarn_cuda_plan(&layout, &device_step, query_heads, 0, &workspace, stream), "plan");
   }
   void attend(cudaStream_t stream, int layer) const {
     const kvarn_pages pages = step.pages(layer);
@@ -107,7 +108,7 @@ inline void plan(Bench& bench, const Shape& s) {
   });
 }
 
-// A decode step of up to 36 layers: the plan, then append and attend of every layer. Microseconds of one layer; behind
+// A decode step of up to 36 layers: the plan, append and attend of every layer, pack. Microseconds of one layer; behind
 // as many bytes of weights, read before each, what comes to the time of reading them.
 inline void decode_step(Bench& bench, const Shape& s, size_t weights = 0) {
   const char* name = weights > 0 ? "layer" : "step";
@@ -123,6 +124,8 @@ inline void decode_step(Bench& bench, const Shape& s, size_t weights = 0) {
         read_kernel<<<static_cast<unsigned>(count), 256, 0, stream>>>(
             reinterpret_cast<const uint4*>(bench.pool + at * kBlock), nullptr);
     };
+    std::vector<kvarn_cuda_layer> layers;
+    for (int layer = 0; layer < a.step.layers(); ++layer) layers.push_back({a.step.pages(layer), nullptr});
     const auto all_layers = [&](cudaStream_t stream, int) {
       a.plan(stream);
       for (int layer = 0; layer < a.step.layers(); ++layer) {
@@ -133,6 +136,9 @@ inline void decode_step(Bench& bench, const Shape& s, size_t weights = 0) {
               "append");
         a.attend(stream, layer);
       }
+      check(kvarn_cuda_pack(&a.layout, layers.data(), a.step.layers(), &a.device_step, KVARN_WEIGHTED, &a.workspace,
+                            stream),
+            "pack");
     };
     all_layers(nullptr, 0);
     check(cudaDeviceSynchronize(), "step");

@@ -53,7 +53,7 @@ inline void prefill(Bench& bench, const Shape& s) {
     const Rows new_k(s.rows, s.kv_heads, s.head_dim, KVARN_FLOAT16, 1);
     const Rows new_v(s.rows, s.kv_heads, s.head_dim, KVARN_FLOAT16, 2);
     const kvarn_rows k_rows = new_k.in(), v_rows = new_v.in();
-    check(kvarn_cuda_plan(&layout, &device_step, 0, 0, 0, &workspace, nullptr), "plan");
+    check(kvarn_cuda_plan(&layout, &device_step, 0, 0, &workspace, nullptr), "plan");
     for (int layer = 0; layer < step.layers(); ++layer) {
       const kvarn_pages pages = step.pages(layer);
       check(kvarn_cuda_append(&layout, &pages, &device_step, &k_rows, &v_rows, KVARN_WEIGHTED, nullptr, nullptr,

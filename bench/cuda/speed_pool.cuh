@@ -142,7 +142,7 @@ class Step {
   kvarn_batch batch() const {
     return {requests(), width_, width_, table_.data(), seq_lens_.data(), query_starts_.data()};
   }
-  kvarn_cuda_step step() const { return {batch(), nullptr, tokens(), rows_}; }
+  kvarn_cuda_step step() const { return {batch(), nullptr, tokens(), rows_, 0}; }
 
   void fill(uint64_t seed) const {
     for (int layer = 0; layer < layers_; ++layer) {

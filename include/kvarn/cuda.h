@@ -5,7 +5,7 @@
  * graph; a replay with other lengths, tables and rows in the same memory is right.
  *
  * A step:   kvarn_cuda_plan once, then for every layer kvarn_cuda_append and kvarn_cuda_attend, all on one stream; last
- *           kvarn_cuda_pack, if the plan was told to defer.
+ *           kvarn_cuda_pack, if the step defers.
  *           Attention with another plan than the append's, for a part of the requests, must not follow that append
  *           directly: it starts reading packed tiles that the step does not complete by its own plan. Any other kernel
  *           of kvarn's between them, such as kvarn_cuda_rotate, makes it wait.
@@ -49,6 +49,9 @@ typedef struct kvarn_cuda_step {
       slots;      /* NULL, or [tokens] in device memory: a request whose first row's slot is negative takes no part */
   int32_t tokens; /* rows of k, v, q: at least query_starts[requests] */
   int32_t max_query_len; /* no request has more rows in this step */
+  int32_t defer; /* 0, or 1: append leaves to kvarn_cuda_pack the tiles that no row of this step reads packed: the last
+                    one of a request whose last row completes it, unless another request of the step has its page. No
+                    result depends on it; a tile's 20 to 40 us are then spent once a step, not once a layer */
 } kvarn_cuda_step;
 
 /* What kvarn_cuda_pack needs of a layer: device pointers, as kvarn_cuda_append has them. */
@@ -75,13 +78,9 @@ const char* const* kvarn_cuda_shapes(void);
 kvarn_status kvarn_cuda_workspace_bytes(const kvarn_layout* layout, const kvarn_cuda_limits* limits, int64_t* bytes);
 
 /* Works out, on the device, what the step's append, attend and prefill will do. One plan serves every layer that has
- * this layout, these query heads and this window.
- * defer     0, or 1: append leaves to kvarn_cuda_pack the tiles that no row of this step reads packed: the last one of
- * a request whose last row completes it, unless another request of the step has its page. No result depends on it; a
- * tile's 20 to 40 us are then spent once a step, not once a layer */
+ * this layout, these query heads and this window. */
 kvarn_status kvarn_cuda_plan(const kvarn_layout* layout, const kvarn_cuda_step* step, int32_t query_heads,
-                             int32_t window, int32_t defer, const kvarn_cuda_workspace* workspace,
-                             kvarn_cuda_stream stream);
+                             int32_t window, const kvarn_cuda_workspace* workspace, kvarn_cuda_stream stream);
 
 /* Rotates the step's k and v, writes them raw, and packs every tile that completed.
  * k, v      [step.tokens][kv_heads][head_dim] in device memory, any dtype each
@@ -93,7 +92,7 @@ kvarn_status kvarn_cuda_append(const kvarn_layout* layout, const kvarn_pages* pa
                                const float* balance, int64_t* replaced, const kvarn_cuda_workspace* workspace,
                                kvarn_cuda_stream stream);
 
-/* Packs what the appends of a step with a deferring plan left, of `count` layers (at most 512) at once: after the last
+/* Packs what the appends of a step that defers left, of `count` layers (at most 512) at once: after the last
  * one's attend and before the next plan in this workspace, with the step's block table as it was. Every layer whose
  * append had the plan must be among them, once, with that append's pages and feedback; `layers` is read by the host. */
 kvarn_status kvarn_cuda_pack(const kvarn_layout* layout, const kvarn_cuda_layer* layers, int32_t count,

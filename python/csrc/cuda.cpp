@@ -32,7 +32,7 @@ using Pages = std::tuple<Address, int64_t, int64_t>;                     // data
 using Rows = std::tuple<Address, int32_t, int64_t, int64_t, int64_t, int64_t>;
 // requests, table width, table stride, block table, seq_lens, query_starts
 using Batch = std::tuple<int32_t, int32_t, int64_t, Address, Address, Address>;
-using Step = std::tuple<Batch, Address, int32_t, int32_t>;  // batch, slots, tokens, max_query_len
+using Step = std::tuple<Batch, Address, int32_t, int32_t, bool>;  // batch, slots, tokens, max_query_len, defer
 // The stream is one of device `int`, whose context the calls use.
 using Queue = std::tuple<int, Address>;
 
@@ -68,7 +68,8 @@ kvarn_batch batch_of(const Batch& x) {
           pointer<const int32_t>(std::get<5>(x))};
 }
 kvarn_cuda_step step_of(const Step& x) {
-  return {batch_of(std::get<0>(x)), pointer<const int64_t>(std::get<1>(x)), std::get<2>(x), std::get<3>(x)};
+  return {batch_of(std::get<0>(x)), pointer<const int64_t>(std::get<1>(x)), std::get<2>(x), std::get<3>(x),
+          std::get<4>(x) ? 1 : 0};
 }
 
 // Our runtime is linked statically and has its own idea of the current device.
@@ -94,11 +95,11 @@ int64_t workspace_bytes(const kvarn_layout& layout, const Limits& limits, int de
   return bytes;
 }
 
-void plan(const kvarn_layout& layout, const Step& step, int32_t query_heads, int32_t window, bool defer,
-          const Workspace& workspace, const Queue& queue) {
+void plan(const kvarn_layout& layout, const Step& step, int32_t query_heads, int32_t window, const Workspace& workspace,
+          const Queue& queue) {
   const kvarn_cuda_step this_step = step_of(step);
   const kvarn_cuda_workspace space = workspace_of(workspace);
-  check(kvarn_cuda_plan(&layout, &this_step, query_heads, window, defer ? 1 : 0, &space, stream_of(queue)));
+  check(kvarn_cuda_plan(&layout, &this_step, query_heads, window, &space, stream_of(queue)));
 }
 
 void append(const kvarn_layout& layout, const Pages& pages, const Step& step, const Rows& k, const Rows& v,

@@ -20,10 +20,10 @@ def core_layout(preset: str, head_dim: int, kv_heads: int):
     return _core.layout(preset, head_dim, kv_heads)
 
 
-def plan(core, workspace, limits, step, query_heads: int, window: int, defer: bool) -> None:
+def plan(core, workspace, limits, step, query_heads: int, window: int) -> None:
     """step: what `step` below makes."""
     with on(workspace.device):
-        _core.cuda_plan(core, step, query_heads, window, defer, space(workspace, limits), queue(workspace.device))
+        _core.cuda_plan(core, step, query_heads, window, space(workspace, limits), queue(workspace.device))
 
 
 def append(core, workspace, limits, step, pages, k, v, encoder: str, feedback, balance, replaced) -> None:
@@ -168,11 +168,13 @@ def batch(block_table, seq_lens, query_starts, device) -> tuple:
     return requests, width, block_table.stride(0), block_table.data_ptr(), lengths, starts
 
 
-def step(block_table, seq_lens, query_starts, slots, tokens: int, max_query_len: int, device) -> tuple:
+def step(
+    block_table, seq_lens, query_starts, slots, tokens: int, max_query_len: int, device, defer: bool = False
+) -> tuple:  # fmt: skip
     first = 0 if slots is None else want("slots", slots, torch.int64, 1, device).data_ptr()
     if slots is not None and (slots.shape[0] < tokens or (tokens > 1 and slots.stride(0) != 1)):
         raise ValueError(f"slots has shape {list(slots.shape)}; this step needs {tokens} adjacent elements")
-    return batch(block_table, seq_lens, query_starts, device), first, tokens, max_query_len
+    return batch(block_table, seq_lens, query_starts, device), first, tokens, max_query_len, defer
 
 
 def space(workspace, limits) -> tuple:

@@ -45,20 +45,20 @@ def plan(
     workspace, limits, preset, head_dim, kv_heads, block_table, seq_lens, query_starts, slots, tokens, max_query_len,
     query_heads, window, defer,
 ):  # fmt: skip
-    step = _launch.step(block_table, seq_lens, query_starts, slots, tokens, max_query_len, workspace.device)
-    _launch.plan(_launch.core_layout(preset, head_dim, kv_heads), workspace, limits, step, query_heads, window, defer)
+    step = _launch.step(block_table, seq_lens, query_starts, slots, tokens, max_query_len, workspace.device, defer)
+    _launch.plan(_launch.core_layout(preset, head_dim, kv_heads), workspace, limits, step, query_heads, window)
 
 
 @_define(
     f"append(Tensor(a!) pages, Tensor(b!) workspace, int[] limits, {_LAYOUT}, {_STEP}, SymInt max_query_len, Tensor k, "
-    "Tensor v, str encoder, Tensor? feedback, Tensor? balance, Tensor(c!)? replaced) -> ()",
+    "Tensor v, bool defer, str encoder, Tensor? feedback, Tensor? balance, Tensor(c!)? replaced) -> ()",
     _writes_only,
 )
 def append(
     pages, workspace, limits, preset, head_dim, kv_heads, block_table, seq_lens, query_starts, slots, max_query_len, k,
-    v, encoder, feedback, balance, replaced,
+    v, defer, encoder, feedback, balance, replaced,
 ):  # fmt: skip
-    step = _launch.step(block_table, seq_lens, query_starts, slots, k.shape[0], max_query_len, workspace.device)
+    step = _launch.step(block_table, seq_lens, query_starts, slots, k.shape[0], max_query_len, workspace.device, defer)
     core = _launch.core_layout(preset, head_dim, kv_heads)
     _launch.append(core, workspace, limits, step, pages, k, v, encoder, feedback, balance, replaced)
 

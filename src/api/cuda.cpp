@@ -65,11 +65,11 @@ extern "C" kvarn_status kvarn_cuda_workspace_bytes(const kvarn_layout* layout, c
 }
 
 extern "C" kvarn_status kvarn_cuda_plan(const kvarn_layout* layout, const kvarn_cuda_step* step, int32_t query_heads,
-                                        int32_t window, int32_t defer, const kvarn_cuda_workspace* workspace,
+                                        int32_t window, const kvarn_cuda_workspace* workspace,
                                         kvarn_cuda_stream stream) {
-  KVARN_TRY(cuda::check_plan(layout, step, query_heads, window, defer, workspace));
+  KVARN_TRY(cuda::check_plan(layout, step, query_heads, window, workspace));
   return launch("plan", *layout, kNoPages, *step, *workspace, stream,
-                [&](const cuda::Launch& all) { return cuda::plan(all, query_heads, window, defer != 0); });
+                [&](const cuda::Launch& all) { return cuda::plan(all, query_heads, window); });
 }
 
 extern "C" kvarn_status kvarn_cuda_append(const kvarn_layout* layout, const kvarn_pages* pages,

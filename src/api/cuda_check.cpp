@@ -82,6 +82,7 @@ kvarn_status check_step(const kvarn_cuda_step* step, const kvarn_cuda_limits& li
                 limits.tokens);
   if (step->max_query_len < 1)
     return fail(KVARN_BAD_ARGUMENT, "max_query_len is %d; it must be at least 1", step->max_query_len);
+  if (step->defer != 0 && step->defer != 1) return fail(KVARN_BAD_ARGUMENT, "defer is %d; allowed: 0, 1", step->defer);
   if (!aligned(step->slots, 8)) return fail(KVARN_MISALIGNED, "slots must be aligned to its int64 elements");
   return KVARN_OK;
 }
@@ -114,7 +115,7 @@ kvarn_status check_workspace_bytes(const kvarn_layout* layout, const kvarn_cuda_
 }
 
 kvarn_status check_plan(const kvarn_layout* layout, const kvarn_cuda_step* step, int32_t query_heads, int32_t window,
-                        int32_t defer, const kvarn_cuda_workspace* workspace) {
+                        const kvarn_cuda_workspace* workspace) {
   KVARN_TRY(check_shape(layout));
   KVARN_TRY(check_memory(*layout, workspace));
   KVARN_TRY(check_step(step, workspace->limits));
@@ -122,7 +123,6 @@ kvarn_status check_plan(const kvarn_layout* layout, const kvarn_cuda_step* step,
   if (query_heads > workspace->limits.query_heads)
     return fail(KVARN_BAD_SHAPE, "%d query heads; the workspace was made for at most %d", query_heads,
                 workspace->limits.query_heads);
-  if (defer != 0 && defer != 1) return fail(KVARN_BAD_ARGUMENT, "defer is %d; allowed: 0, 1", defer);
   return check_window(window);
 }
 

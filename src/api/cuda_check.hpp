@@ -9,7 +9,7 @@ namespace kvarn::cuda {
 
 kvarn_status check_workspace_bytes(const kvarn_layout* layout, const kvarn_cuda_limits* limits, const int64_t* bytes);
 kvarn_status check_plan(const kvarn_layout* layout, const kvarn_cuda_step* step, int32_t query_heads, int32_t window,
-                        int32_t defer, const kvarn_cuda_workspace* workspace);
+                        const kvarn_cuda_workspace* workspace);
 kvarn_status check_pack(const kvarn_layout* layout, const kvarn_cuda_layer* layers, int32_t count,
                         const kvarn_cuda_step* step, kvarn_encoder encoder, const kvarn_cuda_workspace* workspace);
 kvarn_status check_append(const kvarn_layout* layout, const kvarn_pages* pages, const kvarn_cuda_step* step,

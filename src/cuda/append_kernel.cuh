@@ -94,9 +94,12 @@ cudaError_t launch_append(const AppendArguments& a, int64_t completed, int64_t m
     const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     if (error != cudaSuccess) return error;
   }
+  // A CTA leaves no room for one of attention's beside it: where hardly a tile completes, tails get few, all warps of
+  // which have work, and attention begins on the other multiprocessors.
   const int64_t warps = (int64_t{a.requests} * a.tail_vectors + kVectors - 1) / kVectors;
+  const int64_t tails = completed > 0 ? warps : (warps + kThreads / 32 - 1) / (kThreads / 32);
   const int64_t ctas =
-      std::min(std::max(2 * completed * a.kv_heads, warps), multiprocessors * (kFastThreads / kThreads));
+      std::min(std::max(2 * completed * a.kv_heads, tails), multiprocessors * (kFastThreads / kThreads));
   return launch_dependent(kKernel, dim3(static_cast<uint32_t>(ctas)), dim3(kThreads), kBytes, stream, a);
 }
 
@@ -142,7 +145,10 @@ cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_
                              dim3(256), 0, launch.stream, a);
     if (error != cudaSuccess) return error;
   }
-  const int64_t completed = step.max_query_len == 1 ? requests : most_tiles(launch.layout, step.tokens, requests);
+  // Of single rows that defer only tiles in shared pages are left, which hardly ever happens.
+  const int64_t completed = step.max_query_len > 1 ? most_tiles(launch.layout, step.tokens, requests)
+                            : step.defer != 0      ? 0
+                                                   : requests;
   return with_encoder(encoder, [&](auto is) {
     const auto run =
         prompt ? launch_append<Shape, kManyThreads, is.value> : launch_append<Shape, kFastThreads, is.value>;

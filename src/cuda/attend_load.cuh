@@ -37,10 +37,11 @@ class Loader {
       Barrier *empty = (keys_ ? room_->keys_empty : room_->values_empty) + slot,
               *full = (keys_ ? room_->keys_full : room_->values_full) + slot;
       const bool ready = left_ > 0 && ended(empty, parity);
-      // Again, to wait as the sanitizer knows it; by the whole warp where all lanes copy, or did when the slot was last
-      // used.
+      // Again, to wait as the sanitizer knows it; by the whole warp where several lanes copy, or all did when the slot
+      // was last used.
       history_ = ready ? history_ << 1 | (raw_ ? 1 : 0) : history_;
-      const bool shared = ready && (history_ & ((2u << depth) - 1)) != 0;
+      const unsigned copying = __ballot_sync(~0u, ready);
+      const bool shared = ready && ((copying & (copying - 1)) != 0 || (history_ & ((2u << depth) - 1)) != 0);
       if (ready && !shared) wait(empty, parity);
 #pragma unroll 1
       for (unsigned owners = __ballot_sync(~0u, shared); owners != 0; owners &= owners - 1) {

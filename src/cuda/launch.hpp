@@ -22,7 +22,7 @@ struct Launch {
   Plan plan() const;
 };
 
-cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window, bool defer);
+cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window);
 cudaError_t append(const Launch& launch, const kvarn_rows& k, const kvarn_rows& v, kvarn_encoder encoder,
                    const float* feedback, const float* balance, int64_t* replaced);
 cudaError_t pack(const Launch& launch, const kvarn_cuda_layer* layers, int32_t count, kvarn_encoder encoder);

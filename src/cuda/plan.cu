@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
     total = total + all;
     __syncthreads();
   }
-  const bool even = least_tile == most_tile;
+  const bool even = nearly_even(least_tile, most_tile);
   const int32_t deferred = deferrable > 0 ? settle_deferred<kThreads>(in, plan, deferrable) : 0;
   total = {min(total.tiles, in.max_tiles), min(total.raw, in.max_raw_tiles), min(total.blocks, in.max_blocks)};
 
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan p
 
 }  // namespace
 
-cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window, bool defer) {
+cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window) {
   PlanInputs in{launch.layout,
                 launch.step.batch,
                 launch.step.slots,
@@ -172,7 +172,7 @@ cudaError_t plan(const Launch& launch, int32_t query_heads, int32_t window, bool
                 window,
                 launch.ctas,
                 0,
-                defer,
+                launch.step.defer != 0,
                 launch.map.max_tiles,
                 launch.map.max_raw_tiles,
                 launch.map.max_blocks};

@@ -50,6 +50,10 @@ __device__ inline Cut cut_at_weight(const PlanInputs& in, const BlockPlan* block
   return cut_at(in, blocks, index, inside / size, step_at(blocks[index], inside % size), reach);
 }
 
+// Requests whose histories, of least to most packed tiles, differ by a twelfth at most: shares of as many segments are
+// better for them than shares of one weight, which end in the middle of segments.
+__device__ inline bool nearly_even(int32_t least, int32_t most) { return 12 * (most - least) <= least; }
+
 // How many CTAs get a share: as many as give every list a step, of up to 8 lists. If all segments are alike, half the
 // lists, for a CTA that has an own tile has its raw steps besides; and whole CTAs for a segment or whole segments for a
 // CTA, where that costs no more than a twentieth: then little has to be merged, which matters more.
@@ -63,8 +67,8 @@ __device__ inline int32_t shares_of(const PlanInputs& in, int64_t weight, int32_
   return 20 * rounder >= 19 * most ? rounder : most;
 }
 
-// CTAs have shares of one weight; that of raw steps does not count where all requests are as long but for those
-// (`even`).
+// CTAs have shares of one weight; that of raw steps, and differences between histories, do not count where these are
+// nearly as long (`even`).
 __device__ inline Cut cut_of_cta(const PlanInputs& in, const BlockPlan* blocks, int32_t count, const Costs& all,
                                  bool even, int32_t cta) {
   if (count == 0) return {count, 0, 0, all.steps};
@@ -77,8 +81,9 @@ __device__ inline Cut cut_of_cta(const PlanInputs& in, const BlockPlan* blocks, 
   const int32_t reach = cta == 0 ? 0 : static_cast<int32_t>(min(max(share / 16, int64_t{1}), int64_t{2 * kPieceTiles}));
   if (!alike) return cut_at_weight(in, blocks, 0, count, at, reach);
   const auto segment = static_cast<int32_t>(at / packed);
-  return cut_at(in, blocks, segment / in.layout.kv_heads, segment % in.layout.kv_heads,
-                static_cast<int32_t>(at % packed), reach);
+  const int32_t index = segment / in.layout.kv_heads;
+  return cut_at(in, blocks, index, segment % in.layout.kv_heads,
+                min(static_cast<int32_t>(at % packed), blocks[index].steps), reach);
 }
 // In a CTA, lists have shares of one weight; or a step each, where that is enough.
 __device__ inline Cut cut_of_list(const PlanInputs& in, const BlockPlan* blocks, int32_t count, const Cut& begin,

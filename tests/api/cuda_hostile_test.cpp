@@ -24,14 +24,14 @@ struct CudaHostile : testing::Test {
   kvarn_layout layout = make("kvarn_k4v2_g128", 128, 2);
   kvarn_pages pages{memory, 10, layout.page_bytes};
   kvarn_cuda_workspace workspace{memory, 1, {64, 8, 8, 4096, 132}};
-  kvarn_cuda_step step{{4, 12, 12, at<int32_t>(0), at<int32_t>(256), at<int32_t>(512)}, nullptr, 16, 8};
+  kvarn_cuda_step step{{4, 12, 12, at<int32_t>(0), at<int32_t>(256), at<int32_t>(512)}, nullptr, 16, 8, 0};
   kvarn_rows k = rows(memory, KVARN_FLOAT16, 16, 2, 128), v = k, q = rows(memory, KVARN_BFLOAT16, 16, 8, 128);
   kvarn_rows_out out = rows_out(memory, KVARN_BFLOAT16, 16, 8, 128);
   kvarn_rows_out k_out = rows_out(memory, KVARN_FLOAT16, 256, 2, 128), v_out = k_out;
   kvarn_cuda_attention attention{0.1f, 0, 0, nullptr, nullptr};
   kvarn_cuda_prefill prefill{0, 4, 4, 9, at<int32_t>(0), at<int32_t>(0), at<int32_t>(0), 2, at<int32_t>(0)};
   kvarn_cuda_layer layers[2] = {{pages, nullptr}, {pages, nullptr}};
-  int32_t query_heads = 8, window = 0, defer = 0, count = 2;
+  int32_t query_heads = 8, window = 0, count = 2;
   kvarn_encoder encoder = KVARN_WEIGHTED;
   int64_t* replaced = nullptr;
   const float *feedback = nullptr, *balance = nullptr;
@@ -42,7 +42,7 @@ struct CudaHostile : testing::Test {
     return made;
   }
 
-  kvarn_status plan() const { return kvarn_cuda_plan(&layout, &step, query_heads, window, defer, &workspace, nullptr); }
+  kvarn_status plan() const { return kvarn_cuda_plan(&layout, &step, query_heads, window, &workspace, nullptr); }
   kvarn_status pack() const { return kvarn_cuda_pack(&layout, layers, count, &step, encoder, &workspace, nullptr); }
   kvarn_status append() const {
     return kvarn_cuda_append(&layout, &pages, &step, &k, &v, encoder, feedback, balance, replaced, &workspace, nullptr);
@@ -77,9 +77,9 @@ TEST_F(CudaHostile, GoodArgumentsGetAsFarAsTheDevice) {
 }
 
 TEST_F(CudaHostile, NullPointers) {
-  refused(kvarn_cuda_plan(nullptr, &step, 8, 0, 0, &workspace, nullptr), KVARN_NULL_POINTER, "layout");
-  refused(kvarn_cuda_plan(&layout, nullptr, 8, 0, 0, &workspace, nullptr), KVARN_NULL_POINTER, "step");
-  refused(kvarn_cuda_plan(&layout, &step, 8, 0, 0, nullptr, nullptr), KVARN_NULL_POINTER, "workspace");
+  refused(kvarn_cuda_plan(nullptr, &step, 8, 0, &workspace, nullptr), KVARN_NULL_POINTER, "layout");
+  refused(kvarn_cuda_plan(&layout, nullptr, 8, 0, &workspace, nullptr), KVARN_NULL_POINTER, "step");
+  refused(kvarn_cuda_plan(&layout, &step, 8, 0, nullptr, nullptr), KVARN_NULL_POINTER, "workspace");
   refused(kvarn_cuda_append(&layout, nullptr, &step, &k, &v, encoder, nullptr, nullptr, nullptr, &workspace, nullptr),
           KVARN_NULL_POINTER, "pages");
   refused(
@@ -249,8 +249,9 @@ TEST_F(CudaHostile, AttentionsArguments) {
 }
 
 TEST_F(CudaHostile, PacksArguments) {
-  defer = 2;
-  refused(plan(), KVARN_BAD_ARGUMENT, "defer is 2");
+  step.defer = 2;
+  step_refused(KVARN_BAD_ARGUMENT, "defer is 2");
+  step.defer = 1;
   for (const int32_t bad : {-1, 513}) {
     count = bad;
     refused(pack(), KVARN_BAD_ARGUMENT, "0 to 512");

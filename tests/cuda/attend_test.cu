@@ -137,10 +137,10 @@ void run(const Case& c) {
     check(cudaMalloc(&workspace, map.bytes), "workspace");
     check(cudaMemset(workspace, 0, map.bytes), "workspace");
     check(cudaMemset(device_out, 0xff, out.size() * 4), "poison");
-    const kvarn_cuda_step step{{requests, width, width, device_table, device_lengths, device_starts}, nullptr, tokens, most};
+    const kvarn_cuda_step step{{requests, width, width, device_table, device_lengths, device_starts}, nullptr, tokens, most, 0};
     const kvarn_pages where{device_pages, count, layout.page_bytes};
     const cuda::Launch launch{layout, where, step, limits, workspace, map, ctas, nullptr};
-    check(cuda::plan(launch, heads, c.window, false), "plan");
+    check(cuda::plan(launch, heads, c.window), "plan");
     // raw tiles of prompts come from append; here from the CPU's workspace
     check(cuda::attend(launch, {device_q, KVARN_FLOAT32, tokens, heads, stride, c.head_dim},
                        {device_out, KVARN_FLOAT32, tokens, heads, stride, c.head_dim},

@@ -118,8 +118,8 @@ struct Life {
     const OnDevice<float> fed(feedback), balanced(balance);
     const kvarn_pages pool{pages->get(), cpu_pages.count, cpu_pages.stride};
     const kvarn_cuda_step now{
-        {kRequests, width, width, tables.get(), after.get(), first.get()}, nullptr, tokens, longest};
-    require(kvarn_cuda_plan(&layout, &now, heads, how.window, defer, &workspace, nullptr) == KVARN_OK, "plan");
+        {kRequests, width, width, tables.get(), after.get(), first.get()}, nullptr, tokens, longest, defer};
+    require(kvarn_cuda_plan(&layout, &now, heads, how.window, &workspace, nullptr) == KVARN_OK, "plan");
     const kvarn_rows k_in = rows(k_rows.get(), KVARN_FLOAT32, tokens, kHeads, head_dim),
                      v_in = rows(v_rows.get(), KVARN_FLOAT32, tokens, kHeads, head_dim),
                      q_in = rows(q_rows.get(), KVARN_FLOAT32, tokens, heads, head_dim);

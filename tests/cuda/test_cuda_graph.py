@@ -127,7 +127,7 @@ def test_operators_pass_torchs_own_checks():
     ops.plan(space.tensor, *shared, 3, 2, 8, 0, True)
     fed = torch.zeros(2, layout.head_dim, layout.head_dim, device=DEVICE)
     for b, balance in ((None, None), (fed, torch.ones(2, layout.head_dim, device=DEVICE))):
-        append = (pages, space.tensor, *shared, 2, k, v, "weighted", b, balance, None)
+        append = (pages, space.tensor, *shared, 2, k, v, True, "weighted", b, balance, None)
         torch.library.opcheck(ops.append.default, append, test_utils=utils)
         attend = (pages, space.tensor, *shared, 2, q, out, 0.1, 0.0, 0, None, balance)
         torch.library.opcheck(ops.attend.default, attend, test_utils=utils)

@@ -116,7 +116,7 @@ def test_operators_have_fakes():
         pages, workspace, limits, shared, k, q = fake_step()
         assert ops.plan(workspace, limits, *shared, 5, 5, 8, 0, True) is None
         assert ops.pack([pages, pages], workspace, limits, *shared, 5, 5, "weighted", [None, None]) is None
-        assert ops.append(pages, workspace, limits, *shared, 5, k, k, "weighted", None, None, None) is None
+        assert ops.append(pages, workspace, limits, *shared, 5, k, k, True, "weighted", None, None, None) is None
         out = torch.empty_like(q)
         assert ops.attend(pages, workspace, limits, *shared, 5, q, out, 0.1, 0.0, 0, None, None) is None
         assert ops.expand(pages, *shared[:5], k, k) is None
@@ -175,7 +175,7 @@ def test_a_step_is_one_graph():
     def step(pages, workspace, limits, shared, k, q):
         torch.ops.kvarn.plan(workspace, limits, *shared, 5, 5, 8, 0, True)
         b, ones = k.new_zeros(2, 128, 128, dtype=torch.float32), k.new_ones(2, 128, dtype=torch.float32)
-        torch.ops.kvarn.append(pages, workspace, limits, *shared, 5, k * 2, k, "weighted", b, ones, None)
+        torch.ops.kvarn.append(pages, workspace, limits, *shared, 5, k * 2, k, True, "weighted", b, ones, None)
         out = torch.empty_like(q)
         torch.ops.kvarn.attend(pages, workspace, limits, *shared, 5, q + 1, out, 0.1, 0.0, 0, None, ones)
         torch.ops.kvarn.pack([pages], workspace, limits, *shared, 5, 5, "weighted", [b])

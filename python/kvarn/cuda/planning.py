@@ -47,7 +47,7 @@ class Plan:
     def _make_step(self, block_table):
         return _launch.step(
             block_table, self.seq_lens, self.query_starts, self.slots, self.tokens, self.max_query_len,
-            self.workspace.tensor.device,
+            self.workspace.tensor.device, self.defer,
         )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def plan(
     if torch.compiler.is_compiling():
         torch.ops.kvarn.plan(*made.operands(), tokens, longest, query_heads, window, defer)
     else:
-        _launch.plan(core, workspace.tensor, workspace.limits, made.step(), query_heads, window, defer)
+        _launch.plan(core, workspace.tensor, workspace.limits, made.step(), query_heads, window)
     return made
 
 

@@ -18,7 +18,7 @@ def append(
     made = plan_of(plan_, layout, block_table, seq_lens, query_starts, k, 0, 0, slots, workspace)
     if torch.compiler.is_compiling():
         operands = *made.operands(block_table), made.max_query_len
-        torch.ops.kvarn.append(pages, *operands, k, v, encoder, feedback, balance, replaced)
+        torch.ops.kvarn.append(pages, *operands, k, v, made.defer, encoder, feedback, balance, replaced)
     else:
         same_rows("k", k, made)
         space, step = made.workspace, made.step(block_table)
