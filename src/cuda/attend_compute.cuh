@@ -128,28 +128,29 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
   // A warp whose quads have no columns of the block only keeps pace.
   bool idle = kQuadColumns * rank >= first.columns;
   if (list.steps() > 0) prepare_queries<S, kQuads>(room.apart(), first, list.begin.head, rank, quad, lane);
-  const int steps = list.steps(), key_base = team * p.in.key_depth, value_base = team * p.in.value_depth;
+  const int steps = list.steps(), first_key = team * p.in.key_depth, first_value = team * p.in.value_depth;
   const float* queries = room.queries(quad);
   const QueryColumn* columns = room->columns[quad];
   FullState<S::head_dim> state[kQuads];
+  const auto clear = [&] {
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) state[j].clear();
+  };
+  clear();
   Collector<S, kQuads> collector(p, room, warp, rank, lane);
-  int block = list.begin.block, head = list.begin.head, key = 0, value = 0;
+  int block = list.begin.block, head = list.begin.head, key = first_key, value = first_value;
   uint32_t key_parity = 0, value_parity = 0;
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
-    const uint8_t *keys = room.keys(key_base + key), *values = room.values(value_base + value);
-    Barrier *keys_empty = &room->keys_empty[key_base + key], *values_full = &room->values_full[value_base + value];
-    wait(&room->keys_full[key_base + key], key_parity);
-    const Item item = room->items[key_base + key];
+    const uint8_t *keys = room.keys(key), *values = room.values(value);
+    Barrier *keys_empty = &room->keys_empty[key], *values_full = &room->values_full[value];
+    wait(&room->keys_full[key], key_parity);
+    const Item item = room->items[key];
     if (item.block != block || item.head != head) {
       block = item.block, head = item.head;
       const Target target = Target::of(p.plan.blocks[block]);
       idle = kQuadColumns * rank >= target.columns;
       prepare_queries<S, kQuads>(room.apart(), target, head, rank, quad, lane);
-    }
-    if (item.flags & kItemFirst) {
-#pragma unroll
-      for (int j = 0; j < kQuads; ++j) state[j].clear();
     }
     if (idle) {
       arrive(keys_empty);
@@ -180,10 +181,13 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
       wait(values_full, value_parity);
       raw_outputs<S, kQuads>(values, y, lane, state);
     }
-    arrive(&room->values_empty[value_base + value]);
-    if (++key == p.in.key_depth) key = 0, key_parity ^= 1;
-    if (++value == p.in.value_depth) value = 0, value_parity ^= 1;
-    if (item.flags & kItemLast) collector.take(state, item);
+    arrive(&room->values_empty[value]);
+    if (++key == first_key + p.in.key_depth) key = first_key, key_parity ^= 1;
+    if (++value == first_value + p.in.value_depth) value = first_value, value_parity ^= 1;
+    if (item.flags & kItemLast) {
+      collector.take(state, item);
+      clear();
+    }
   }
   if (lane == 0) room->counts[warp] = collector.has();
 }

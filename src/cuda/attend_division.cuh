@@ -32,9 +32,9 @@ constexpr Division division_of(const kvarn_layout& layout, int32_t columns, int 
   return teams * key_depth > kMaxSlots || states > kMaxStates || d.bytes > limit ? Division{} : d;
 }
 
-// How many warps compute, beside four that load: as many as there is room for teams of. Where those are 12 or 16, a
-// warp has 128 or 96 registers, which suffice for one quad. Two quads need the 168 that eight warps have, and teams of
-// two warps gain nothing from 12 (docs/kernels.md).
+// How many warps compute, beside those that load: as many as there is room for teams of. Of one quad they have 128
+// registers, or 96 where they are 16. Two quads need the 168 that eight warps have beside four, and teams of two warps
+// gain nothing from 12 (docs/kernels.md).
 constexpr int32_t computing_warps(const kvarn_layout& layout, int32_t columns) {
   constexpr int kShared = 227 * 1024;  // of an sm_90; where there is less, some of the warps have nothing to do
   const auto fit = [&](int32_t warps) {
@@ -42,6 +42,22 @@ constexpr int32_t computing_warps(const kvarn_layout& layout, int32_t columns) {
   };
   if (warp_quads_of(columns) == 2) return 8;
   return fit(16) ? 16 : team_warps_of(columns) == 1 && fit(12) ? 12 : 8;
+}
+
+// All warps of a CTA. Eight or twelve that compute one quad are among 16, for which there are registers; 16, and those
+// of two quads, have four that load beside them.
+inline constexpr int32_t kApartWarps = 16;
+constexpr int32_t cta_warps(int32_t quads, int32_t computing) {
+  return quads == 1 && computing < kApartWarps ? kApartWarps : computing + kLoadingWarps;
+}
+// What a warp of a CTA is: of those below `computing` one that computes, of others one that loads. A quarter of the
+// multiprocessor runs every fourth warp, and keeps little code close: a tile's, a loader's and what happens in between
+// are more than that together. So of 16 warps every fourth loads, and of the others those that are left over.
+constexpr int32_t role_of(int32_t warp, int32_t computing, int32_t warps) {
+  if (warps != kApartWarps) return warp;
+  if (warp % 4 == 3) return computing + warp / 4;
+  const int32_t other = 3 * (warp / 4) + warp % 4;
+  return other < computing ? other : other + kApartWarps / 4;
 }
 
 // Columns of a block: as many as the largest request of the step needs. Teams of three and of five warps are for

@@ -46,11 +46,22 @@ __device__ inline void rotate_column(float (&x)[kHeadDim / 8], int lane) {
   }
 }
 
-__device__ inline uint32_t pack_bfloats(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, 4);
-  return bits;
+// x[e] to element first + channel(e) of the output. Where that is and its dtype are in shared memory, for all that the
+// compiler knows behind every store anew: so they are read once.
+template <int kCount, class Channel>
+__device__ inline void store_channels(const kvarn_rows_out& out, int64_t first, const float (&x)[kCount],
+                                      Channel channel) {
+  const auto store = [&]<class T>(T* to, auto convert) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) to[channel(e)] = convert(x[e]);
+  };
+  void* data = out.data;
+  if (out.dtype == KVARN_FLOAT16)
+    store(static_cast<__half*>(data) + first, [](float y) { return __float2half_rn(y); });
+  else if (out.dtype == KVARN_BFLOAT16)
+    store(static_cast<__nv_bfloat16*>(data) + first, [](float y) { return __float2bfloat16_rn(y); });
+  else
+    store(static_cast<float*>(data) + first, [](float y) { return y; });
 }
 
 // What a column's sums are multiplied by: one over the sum of its weights, to which a sink adds one more logit.
@@ -68,9 +79,10 @@ __device__ inline float inverse_sum(const AttendParameters& p, float m, float l,
 // Where column `local` of a block goes: its row of the output, and query head.
 struct Place {
   int row, query_head;
-  __device__ Place(const AttendParameters& p, const Target& b, int head, int local)
-      : row(b.row + (b.first_column + local) / p.group),
-        query_head(head * p.group + (b.first_column + local) % p.group) {}
+  __device__ Place(const AttendParameters& p, const Target& b, int head, int local) {
+    const unsigned column = b.first_column + local, group = p.group, rows = column / group;
+    row = static_cast<int>(b.row + rows), query_head = static_cast<int>(head * group + column - rows * group);
+  }
   __device__ int64_t in(const kvarn_rows_out& out) const {
     return row * out.token_stride + query_head * out.head_stride;
   }
@@ -92,20 +104,7 @@ __device__ __noinline__ void finish_quad(const AttendParameters& p, Target b, in
   for (float& y : x) y *= inverse;
   rotate_column<S::head_dim>(x, lane);
   if (local >= b.columns) return;
-  const int64_t start = place.in(p.out) + 2 * g;
-#pragma unroll
-  for (int t = 0; t < S::head_dim / 16; ++t) {
-    const float low = x[2 * t], high = x[2 * t + 1];
-    const int64_t to = start + 16 * t;
-    if (p.out.dtype == KVARN_FLOAT32) {
-      float* out = static_cast<float*>(p.out.data) + to;
-      out[0] = low, out[1] = high;
-    } else {
-      const uint32_t bits = p.out.dtype == KVARN_FLOAT16 ? pack_halves(low, high) : pack_bfloats(low, high);
-      uint16_t* out = static_cast<uint16_t*>(p.out.data) + to;
-      out[0] = static_cast<uint16_t>(bits), out[1] = static_cast<uint16_t>(bits >> 16);
-    }
-  }
+  store_channels(p.out, place.in(p.out) + 2 * g, x, [](int e) { return 16 * (e / 2) + e % 2; });
 }
 
 // The same bits for one column, where warps share what everybody waits for.
@@ -116,14 +115,12 @@ __device__ __noinline__ void finish_column(const AttendParameters& p, Target b, 
   const Place place(p, b, head, local);
   float x[1][S::head_dim / 32];
 #pragma unroll
-  for (int k = 0; k < S::head_dim / 32; ++k) x[0][k] = total.at(32 * k + lane, i);
+  for (int k = 0; k < S::head_dim / 32; ++k) x[0][k] = (&total.at(lane, i))[StoredState<S::head_dim>::distance(32 * k)];
   const float inverse = inverse_sum(p, total.slices[0].m[i], total.slices[0].l[i], place.query_head);
 #pragma unroll
   for (float& y : x[0]) y *= inverse;
   rotate_over_warp<S::head_dim>(x, lane);
-  const int64_t to = place.in(p.out) + lane;
-#pragma unroll
-  for (int k = 0; k < S::head_dim / 32; ++k) store_element(x[0][k], p.out.data, p.out.dtype, to + 32 * k);
+  store_channels(p.out, place.in(p.out) + lane, x[0], [](int k) { return 32 * k; });
 }
 
 }  // namespace kvarn::cuda

@@ -30,22 +30,23 @@ __device__ inline void begin_room(const AttendParameters& p, Room& room, int thr
 }
 
 template <class S, int kQuads, int kComputingWarps>
-__global__ void __launch_bounds__(32 * (kComputingWarps + kLoadingWarps), 1)
+__global__ void __launch_bounds__(32 * cta_warps(kQuads, kComputingWarps), 1)
     attend_kernel(const __grid_constant__ AttendParameters p) {
-  constexpr int kWarps = kComputingWarps + kLoadingWarps;
+  constexpr int kWarps = cta_warps(kQuads, kComputingWarps), kLoaders = kWarps - kComputingWarps;
   extern __shared__ __align__(128) uint8_t shared[];
   const RoomOf<S> room{p, shared};
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0), lane = static_cast<int>(threadIdx.x) % 32;
   // A tile that this step packs may be read by any request: only in a step that packs none are tiles read early.
   const bool early = p.plan.header->packs == 0;
   begin_room<kWarps>(p, *room, static_cast<int>(threadIdx.x));
-  if (warp >= kComputingWarps) {
-    const int loader = warp - kComputingWarps;
-    Loader<S, kComputingWarps>(p, room, loader, lane, early).run();
+  const int role = role_of(warp, kComputingWarps, kWarps);
+  if (role >= kComputingWarps) {
+    const int loader = role - kComputingWarps;
+    Loader<S, kComputingWarps, kLoaders>(p, room, loader, lane, early).run();
     if (loader == 0) find_left(p, *room, lane);
     if (loader == 1) clear_absent<S>(p, lane);
   } else {
-    compute<S, kQuads>(p, room, warp, lane);
+    compute<S, kQuads>(p, room, role, lane);
   }
   __syncthreads();
   Merge<S, kWarps>(p, room, warp, lane).run();
@@ -62,7 +63,7 @@ cudaError_t attend_shape(const AttendParameters& p, int32_t ctas, cudaStream_t s
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.in.bytes);
   if (error != cudaSuccess) return error;
   return launch_dependent(kernel, dim3(static_cast<unsigned>(ctas)),
-                          dim3(static_cast<unsigned>(32 * (p.in.warps + kLoadingWarps))),
+                          dim3(static_cast<unsigned>(32 * cta_warps(p.in.warp_quads, p.in.warps))),
                           static_cast<size_t>(p.in.bytes), stream, p);
 }
 

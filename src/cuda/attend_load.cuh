@@ -4,213 +4,150 @@
 // copied by the whole warp, for one lane after the other.
 #pragma once
 
-#include "cuda/attend_order.cuh"
-#include "cuda/attend_room.cuh"
+#include "cuda/attend_walk.cuh"
 #include "cuda/device.cuh"
 
 namespace kvarn::cuda {
 
-template <class S, int kComputingWarps>
+template <class S, int kComputingWarps, int kLoaders>
 class Loader {
  public:
   // early: packed tiles may be read before the kernel before has ended.
   __device__ Loader(const AttendParameters& p, RoomOf<S> room, int loader, int lane, bool early)
-      : p_(p), room_(room), loader_(loader), lane_(lane), keys_(is_of_keys(lane)), early_(early) {}
+      : p_(p), room_(room), list_(p), loader_(loader), lane_(lane), keys_(is_of_keys(lane)), early_(early) {}
 
   __device__ void run() {
     if (!early_) wait_for_previous();
     // Of teams of one warp, or few teams, it has neighbours; of others every fourth (docs/kernels.md).
     const bool neighbours = kComputingWarps == 8 || p_.in.team_warps == 1;
-    const int first = neighbours ? loader_ * p_.in.teams / kLoadingWarps : loader_,
-              end = neighbours ? (loader_ + 1) * p_.in.teams / kLoadingWarps : p_.in.teams,
-              team = first + (neighbours ? 1 : kLoadingWarps) * (lane_ % kLists),
+    const int first = neighbours ? loader_ * p_.in.teams / kLoaders : loader_,
+              end = neighbours ? (loader_ + 1) * p_.in.teams / kLoaders : p_.in.teams,
+              team = first + (neighbours ? 1 : kLoaders) * (lane_ % kLists),
               depth = keys_ ? p_.in.key_depth : p_.in.value_depth;
-    if (lane_ < 2 * kLists && team < end) {
-      const Share list = share_of(p_, static_cast<int>(blockIdx.x) * p_.in.teams + team, 1);
-      left_ = list.steps();
-      if (left_ > 0) begin(list.begin);
-    }
-    int slot = team * depth, turn = 0;
+    if (lane_ < 2 * kLists && team < end)
+      list_.begin(share_of(p_, static_cast<int>(blockIdx.x) * p_.in.teams + team, 1));
+    // The lane's slot: where its part goes, its barriers. They move from slot to slot.
+    const int first_slot = team * depth;
+    const uint32_t slot_size = keys_ ? RoomOf<S>::key_slot : RoomOf<S>::value_slot;
+    Shared to = keys_ ? room_.keys(first_slot) : room_.values(first_slot),
+           full = (keys_ ? room_->keys_full : room_->values_full) + first_slot;
+    int turn = 0;
     uint32_t parity = 1;  // the first round finds empty slots
 #pragma unroll 1
-    while (__any_sync(~0u, left_ > 0)) {
-      Barrier *empty = (keys_ ? room_->keys_empty : room_->values_empty) + slot,
-              *full = (keys_ ? room_->keys_full : room_->values_full) + slot;
-      const bool ready = left_ > 0 && ended(empty, parity);
-      // Again, to wait as the sanitizer knows it; by the whole warp where several lanes copy, or all did when the slot
-      // was last used.
-      history_ = ready ? history_ << 1 | (raw_ ? 1 : 0) : history_;
-      const unsigned copying = __ballot_sync(~0u, ready);
-      const bool shared = ready && ((copying & (copying - 1)) != 0 || (history_ & ((2u << depth) - 1)) != 0);
+    while (__any_sync(~0u, list_.left > 0)) {
+      const Shared empty = full + kEmptyBehindFull;
+      bool ready;
+      do {
+        ready = list_.left > 0 && ended(empty, parity);
+      } while (!__any_sync(~0u, ready));
+      // Again, to wait as the sanitizer knows it; by the whole warp where all lanes copy, or did when the slot was last
+      // used.
+      history_ = ready ? history_ << 1 | (list_.raw ? 1 : 0) : history_;
+      const bool shared = ready && (history_ & ((2u << depth) - 1)) != 0;
       if (ready && !shared) wait(empty, parity);
 #pragma unroll 1
       for (unsigned owners = __ballot_sync(~0u, shared); owners != 0; owners &= owners - 1) {
         const int owner = __ffs(static_cast<int>(owners)) - 1;
         wait(of_lane(empty, owner), __shfl_sync(~0u, parity, owner));
       }
-      if (ready && keys_) room_->items[slot] = item();
-      uint8_t* to = keys_ ? room_.keys(slot) : room_.values(slot);
-      load_packed(ready && !raw_, to, full);
+      if (ready && keys_) room_->items[first_slot + turn] = list_.item();
+      load_packed(ready && !list_.raw, to, full);
 #pragma unroll 1
-      for (unsigned owners = __ballot_sync(~0u, ready && raw_); owners != 0; owners &= owners - 1)
+      for (unsigned owners = __ballot_sync(~0u, ready && list_.raw); owners != 0; owners &= owners - 1)
         load_raw(__ffs(static_cast<int>(owners)) - 1, to, full);
       if (ready) {
-        advance();
-        ++slot;
-        if (++turn == depth) slot -= depth, turn = 0, parity ^= 1;
+        list_.advance();
+        const bool last = ++turn == depth;
+        const uint32_t by = last ? 1 - depth : 1;  // modulo 2^32
+        to = to + by * slot_size, full = full + by * static_cast<uint32_t>(sizeof(Barrier));
+        if (last) turn = 0, parity ^= 1;
       }
     }
     if (early_) wait_for_previous();
   }
 
  private:
-  static constexpr int kLists = kComputingWarps / kLoadingWarps;
+  static constexpr int kLists = kComputingWarps / kLoaders;
+  static constexpr uint32_t kEmptyBehindFull = sizeof(Room::keys_full);
+  static_assert(offsetof(Room, keys_empty) - offsetof(Room, keys_full) == kEmptyBehindFull &&
+                offsetof(Room, values_empty) - offsetof(Room, values_full) == kEmptyBehindFull);
   __device__ static bool is_of_keys(int lane) { return lane < kLists; }
 
-  static constexpr int kN = S::raw_tokens_per_page;
-  static constexpr int kRawStep = raw_step(S::layout);
-  static constexpr int kRawPages = (kRawStep + kN - 2) / kN + 1;  // that a step's raw tokens may lie in
-
-  __device__ void begin(const Cut& cut) {
-    block_ = cut.block, head_ = cut.head, step_ = cut.step;
-    b_ = p_.plan.blocks[block_];
-    next_ = rank_of(b_, step_);
-    fresh_ = true;
-    locate();
-  }
-  __device__ void advance() {
-    if (--left_ == 0) return;
-    if (++step_ == b_.steps) {
-      step_ = 0;
-      if (++head_ == p_.heads) {
-        head_ = 0;
-        b_ = p_.plan.blocks[++block_];
-      }
-      next_ = kRankBegins;
-    }
-    locate();
-  }
-
-  // Where raw token o lies, from o / n; beyond the tile's room the last entry of it.
-  __device__ static int raw_entry(int tile, int quotient) {
-    return tile + (quotient == 0 ? S::pages_ahead : min(quotient, S::pages_ahead));
-  }
-  __device__ int32_t page(int entry) const {
-    return min(max(__ldg(p_.block_table + b_.request * p_.table_stride + entry), 0),
-               static_cast<int32_t>(p_.page_count - 1));
-  }
-  // What the step reads. Pages are looked up here, long before they are needed.
-  __device__ void locate() {
-    const int packed = packed_steps(b_);
-    raw_ = step_ >= packed;
-    rank_ = fresh_ ? next_ : rank_;
-    next_ = rank_of(b_, step_ + 1);
-    // The chain goes on in registers as long as it began before what follows.
-    last_ = left_ == 1 || next_ >= 0 || rank_ <= next_;
-    first_ = fresh_;
-    fresh_ = last_;
-    if (!raw_) {
-      tile_ = b_.first_tile + step_, token_ = 0;
-      pages_[0] = page(tile_);
-      return;
-    }
-    const int raw = step_ - packed, which = raw >= b_.own_steps ? 1 : 0;
-    tile_ = b_.own_tile + which;
-    token_ = (raw - which * b_.own_steps) * kRawStep;
-    tokens_ = own_tokens(b_, S::page_tokens, p_.group, which) - token_;
-    raw_slot_ = which ? b_.raw[1] : b_.raw[0];
-    if (raw_slot_ < 0) {
-#pragma unroll
-      for (int i = 0; i < kRawPages; ++i) pages_[i] = page(raw_entry(tile_, token_ / kN + i));
-    }
-  }
-  __device__ Item item() const {
-    const int position = tile_ * S::page_tokens + token_,
-              last = b_.start + (b_.first_column + b_.columns - 1) / p_.group;
-    const bool edge = raw_ || tile_ >= b_.own_tile || (p_.window > 0 && position <= last - p_.window);
-    return {
-        block_,   head_,
-        position, (raw_ ? kItemRaw : 0) | (first_ ? kItemFirst : 0) | (last_ ? kItemLast : 0) | (edge ? kItemEdge : 0),
-        rank_,    next_};
+  __device__ uint8_t* record(int32_t page, int head) const {
+    const auto last = static_cast<int32_t>(p_.page_count - 1);
+    return p_.pages + min(max(page, 0), last) * p_.page_stride + head * int64_t{S::record_bytes};
   }
 
   // Of every lane that asks for it, its packed part.
-  __device__ void load_packed(bool wanted, uint8_t* to, Barrier* barrier) {
-    const int part = keys_ ? RoomOf<S>::key_part : RoomOf<S>::value_part;
-    const uint8_t* from =
-        p_.pages + pages_[0] * p_.page_stride + int64_t{head_} * S::record_bytes + (keys_ ? 0 : RoomOf<S>::key_part);
+  __device__ void load_packed(bool wanted, Shared to, Shared full) {
+    const uint32_t part = keys_ ? RoomOf<S>::key_part : RoomOf<S>::value_part;
 #if __CUDA_ARCH__ >= 900
     if (wanted) {
-      expect_bytes(barrier, static_cast<uint32_t>(part), kCopyArrivals);
-      copy_stretch(to, from, static_cast<uint32_t>(part), barrier, lane_, once_);
+      expect_bytes(full, part, kCopyArrivals);
+      copy_stretch(to, record(list_.pages[0], list_.head) + (keys_ ? 0 : RoomOf<S>::key_part), part, full, lane_,
+                   once_);
     }
 #else
+    const uint8_t* from = record(list_.pages[0], list_.head) + (keys_ ? 0 : RoomOf<S>::key_part);
 #pragma unroll 1
     for (unsigned owners = __ballot_sync(~0u, wanted); owners != 0; owners &= owners - 1) {
       const int owner = __ffs(static_cast<int>(owners)) - 1;
-      Barrier* its = of_lane(barrier, owner);
-      copy_stretch(of_lane(to, owner), of_lane(from, owner), static_cast<uint32_t>(__shfl_sync(~0u, part, owner)), its,
-                   lane_, once_);
+      const Shared its = of_lane(full, owner);
+      copy_stretch(of_lane(to, owner), of_lane(from, owner), __shfl_sync(~0u, part, owner), its, lane_, once_);
       finish_chunks(its);
     }
 #endif
   }
 
-  template <class T>
-  __device__ static T* of_lane(T* pointer, int lane) {
-    return reinterpret_cast<T*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(pointer), lane));
+  __device__ static Shared of_lane(Shared at, int lane) { return Shared(__shfl_sync(~0u, at.address, lane)); }
+  __device__ static const uint8_t* of_lane(const uint8_t* pointer, int lane) {
+    return reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(pointer), lane));
   }
 
   // The raw tokens of lane `owner`'s step.
-  __device__ void load_raw(int owner, uint8_t* to, Barrier* barrier) {
+  __device__ void load_raw(int owner, Shared to, Shared full) {
     if (early_) wait_for_previous(), early_ = false;
     constexpr int kRow = 2 * S::head_dim;
-    const int raw_slot = __shfl_sync(~0u, raw_slot_, owner), head = __shfl_sync(~0u, head_, owner);
-    const int first = __shfl_sync(~0u, token_, owner), tokens = __shfl_sync(~0u, tokens_, owner);
+    const int raw_slot = __shfl_sync(~0u, list_.raw_slot, owner), head = __shfl_sync(~0u, list_.head, owner);
+    const int first = __shfl_sync(~0u, list_.token, owner), tokens = __shfl_sync(~0u, list_.tokens, owner);
     const bool keys = is_of_keys(owner);
     // A lane works out where a row lies. Beyond the tile's last token its V is read again, since what p = 0 multiplies
     // must be finite; K there is hidden.
-    const int token = first + min(lane_, tokens - 1), which = token / kN - first / kN;
-    int page = __shfl_sync(~0u, pages_[0], owner);
+    const int token = first + min(lane_, tokens - 1), which = token / Walk<S>::kN - first / Walk<S>::kN;
+    int page = __shfl_sync(~0u, list_.pages[0], owner);
 #pragma unroll
-    for (int k = 1; k < kRawPages; ++k) {
-      const int other = __shfl_sync(~0u, pages_[k], owner);
+    for (int k = 1; k < Walk<S>::kRawPages; ++k) {
+      const int other = __shfl_sync(~0u, list_.pages[k], owner);
       page = which == k ? other : page;
     }
     const uint8_t* row_at =
         raw_slot >= 0
             ? reinterpret_cast<const uint8_t*>(p_.plan.raw) +
                   (((int64_t{raw_slot} * p_.heads + head) * 2 + (keys ? 0 : 1)) * S::page_tokens + token) * kRow
-            : p_.pages + page * p_.page_stride + int64_t{head} * S::record_bytes +
-                  ((keys ? 0 : kN) + token % kN) * kRow;
-    to = of_lane(to, owner), barrier = of_lane(barrier, owner);
+            : record(page, head) + ((keys ? 0 : Walk<S>::kN) + token % Walk<S>::kN) * kRow;
+    to = of_lane(to, owner), full = of_lane(full, owner);
     // 16 bytes a lane: bulk copies of rows that are to lie apart in shared memory would be issued one after the other.
     constexpr int kLanes = S::head_dim / 8, kRows = 32 / kLanes;  // lanes of a row, rows of a round
-    static_assert(kLanes <= 32 && kRawStep <= 32);
-    const int chunk = 16 * (lane_ % kLanes), rows = keys ? min(tokens, kRawStep) : kRawStep;
+    static_assert(kLanes <= 32 && Walk<S>::kRawStep <= 32);
+    const int chunk = 16 * (lane_ % kLanes), rows = keys ? min(tokens, Walk<S>::kRawStep) : Walk<S>::kRawStep;
     int row = lane_ / kLanes;
-    uint8_t* target = to + row * kRawRowBytes<S> + chunk;
+    Shared target = to + (row * kRawRowBytes<S> + chunk);
 #pragma unroll 4
-    for (int base = 0; base < rows; base += kRows, row += kRows, target += kRows * kRawRowBytes<S>) {
+    for (int base = 0; base < rows; base += kRows, row += kRows, target = target + kRows * kRawRowBytes<S>) {
       const uint8_t* source = of_lane(row_at, row);
       if (row < rows && lane_ < kRows * kLanes) copy_chunk(target, source + chunk);
     }
-    finish_chunks(barrier);
+    finish_chunks(full);
   }
 
   const AttendParameters& p_;
   const RoomOf<S> room_;
+  Walk<S> list_;  // the lane's
   const int loader_, lane_;
   const bool keys_;
   bool early_;
   ReadOnce once_;
-  // The lane's list: what is left of it, the step that is loaded next.
-  int left_ = 0, block_ = 0, head_ = 0, step_ = 0, rank_ = 0, next_ = 0;
-  bool raw_ = false, first_ = false, last_ = false, fresh_ = true;
-  int tile_ = 0, token_ = 0, tokens_ = 1, raw_slot_ = 0;
-  int32_t pages_[kRawPages] = {};
   uint32_t history_ = 0;  // bit k: the step k before was raw
-  BlockPlan b_{};
 };
 
 }  // namespace kvarn::cuda

@@ -17,24 +17,30 @@ inline constexpr int kRankOwn = 40, kRankBegins = 64, kRankEnds = 100;  // an ow
 
 __device__ inline int packed_steps(const BlockPlan& b) { return max(b.end_tile - b.first_tile, 0); }
 
+// The position of a block's last row.
+__device__ inline int last_position(const BlockPlan& b, int group) {
+  return b.start +
+         static_cast<int>(static_cast<unsigned>(b.first_column + b.columns - 1) / static_cast<unsigned>(group));
+}
 // Rows of a block lie in one or two tiles; how many raw tokens of tile own_tile + which they see at most.
-__device__ inline int own_tokens(const BlockPlan& b, int page_tokens, int group, int which) {
-  if (which + 1 < b.own_tiles) return page_tokens;
-  return (b.start + (b.first_column + b.columns - 1) / group) % page_tokens + 1;
+__device__ inline int own_tokens(const BlockPlan& b, int page_tokens, int last, int which) {
+  return which + 1 < b.own_tiles ? page_tokens : last % page_tokens + 1;
 }
 
-__device__ inline int piece_rank(int step, int piece) {
-  return step % kPieceTiles != 0 ? step % kPieceTiles - kPieceTiles : __ffs(piece) - 1;
+// Before the step of that number in its row: packed tiles, or an own tile.
+__device__ inline int piece_rank(int number) {
+  const int inside = number & (kPieceTiles - 1);
+  return inside != 0 ? inside - kPieceTiles : __ffs(number / kPieceTiles) - 1;
 }
 // Of the boundary before a step; step b.steps is the end.
 __device__ inline int rank_of(const BlockPlan& b, int step) {
   if (step == 0) return kRankBegins;
   if (step == b.steps) return kRankEnds;
   const int packed = packed_steps(b);
-  if (step < packed) return piece_rank(b.first_tile + step, (b.first_tile + step) / kPieceTiles);
+  if (step < packed) return piece_rank(b.first_tile + step);
   const int raw = step - packed, inside = raw >= b.own_steps ? raw - b.own_steps : raw;
   if (inside == 0) return kRankOwn + (raw >= b.own_steps ? 1 : 0);
-  return piece_rank(inside, inside / kPieceTiles);
+  return piece_rank(inside);
 }
 
 // The nearest boundary behind a step, or before it, of a higher rank than the one before the step: what bits of a

@@ -40,24 +40,20 @@ __device__ inline void rotate_over_warp(float (&x)[kCount][kHeadDim / 32], int l
   }
 }
 
-// Element 32 k + lane of kColumns columns from `first` on, not rotated yet; all loads are in flight at once.
+// Element 32 k + lane of kColumns columns, not rotated yet; `mine` is where the one of lane % kColumns begins. All
+// loads are in flight at once.
 template <class S, class Bits, int kColumns>
-__device__ inline void load_queries(const AttendParameters& p, const Target& b, int head, int first, int lane,
+__device__ inline void load_queries(const kvarn_rows& q, int64_t mine, int lane,
                                     float (&x)[kColumns][S::head_dim / 32]) {
   constexpr int kEach = S::head_dim / 32;
   Bits bits[kColumns][kEach];
-  const int column = b.first_column + min(first, b.columns - 1);
-  int row = column / p.group, member = column - row * p.group;
-  const Bits* data =
-      static_cast<const Bits*>(p.q.data) + b.row * p.q.token_stride + head * p.group * p.q.head_stride + lane;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
-    const Bits* from = data + row * p.q.token_stride + member * p.q.head_stride;
+    const Bits* from = static_cast<const Bits*>(q.data) + __shfl_sync(~0u, mine, c) + lane;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) bits[c][k] = __ldcg(from + 32 * k);
-    if (first + c + 1 < b.columns && ++member == p.group) member = 0, ++row;
   }
-  const bool half = p.q.dtype == KVARN_FLOAT16;
+  const bool half = q.dtype == KVARN_FLOAT16;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c)
 #pragma unroll
@@ -67,8 +63,19 @@ __device__ inline void load_queries(const AttendParameters& p, const Target& b, 
       else
         x[c][k] = half ? __half2float(__ushort_as_half(bits[c][k]))
                        : __uint_as_float(static_cast<uint32_t>(bits[c][k]) << 16);
-      if (first + c >= b.columns) x[c][k] = 0;
     }
+}
+
+// f32 queries are for tests: apart, so that their code does not lie in the middle of the others'.
+template <class S, int kColumns>
+struct Loaded {
+  float x[kColumns][S::head_dim / 32];
+};
+template <class S, int kColumns>
+__device__ __noinline__ Loaded<S, kColumns> load_floats(const kvarn_rows& q, int64_t mine, int lane) {
+  Loaded<S, kColumns> loaded;
+  load_queries<S, uint32_t>(q, mine, lane, loaded.x);
+  return loaded;
 }
 
 // For the kQuads quads of a warp, the first of which is `rank` of its team and `quad` of the CTA.
@@ -76,12 +83,17 @@ template <class S, int kQuads>
 __device__ __noinline__ void prepare_queries(RoomOf<S> room, Target b, int head, int rank, int quad, int lane) {
   const AttendParameters& p = room.p;
   constexpr int kColumns = kQuadColumns * kQuads;
-  const int first = kQuadColumns * rank;
+  // A lane has a column, one that there is: of others the last.
+  const unsigned column = b.first_column + min(kQuadColumns * rank + lane % kColumns, b.columns - 1), group = p.group,
+                 row = column / group, query_head = head * group + column - row * group;
+  const int64_t mine = (b.row + row) * p.q.token_stride + query_head * p.q.head_stride;
   float x[kColumns][S::head_dim / 32], largest[kColumns] = {};
-  if (p.q.dtype == KVARN_FLOAT32)
-    load_queries<S, uint32_t>(p, b, head, first, lane, x);
-  else
-    load_queries<S, uint16_t>(p, b, head, first, lane, x);
+  if (p.q.dtype == KVARN_FLOAT32) {
+    const Loaded<S, kColumns> loaded = load_floats<S, kColumns>(p.q, mine, lane);
+    memcpy(x, loaded.x, sizeof x);
+  } else {
+    load_queries<S, uint16_t>(p.q, mine, lane, x);
+  }
   if (p.balance != nullptr) {
 #pragma unroll
     for (int k = 0; k < S::head_dim / 32; ++k) {
@@ -115,7 +127,7 @@ __device__ __noinline__ void prepare_queries(RoomOf<S> room, Target b, int head,
 #pragma unroll
     for (int c = 0; c < half; ++c) largest[c] = lane & half ? largest[c + half] : largest[c];
   if (lane < kColumns) {
-    const int position = b.start + (b.first_column + first + lane) / p.group;
+    const int position = static_cast<int>(b.start + row);
     room->columns[quad + lane / kQuadColumns][lane % kQuadColumns] = {
         power_between(exponent_above(largest[0])), position, p.window > 0 ? position - p.window + 1 : 0};
   }

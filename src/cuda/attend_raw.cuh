@@ -110,13 +110,14 @@ __device__ inline void raw_outputs(const uint8_t* values, float (&y)[kQuads][kRa
 // Through memory to the channels of a packed piece.
 template <class S>
 __device__ inline void exchange_channels(FullState<S::head_dim>& s, StoredState<S::head_dim>& room, int lane) {
+  using Stored = StoredState<S::head_dim>;
   const int g = lane >> 2, i = lane & 3;
   const float m = s.m, l = s.l;
+  float* first = &room.at(g, i);
 #pragma unroll
-  for (int t = 0; t < S::head_dim / 16; ++t) {
-    room.at(16 * t + g, i) = s.out[2 * t];
-    room.at(16 * t + g + 8, i) = s.out[2 * t + 1];
-  }
+  for (int t = 0; t < S::head_dim / 16; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) first[Stored::distance(16 * t + 8 * h)] = s.out[2 * t + h];
   __syncwarp();
   load_state(s, room.slices, lane);
   s.m = m, s.l = l;

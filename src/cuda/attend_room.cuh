@@ -12,7 +12,8 @@
 
 namespace kvarn::cuda {
 
-inline constexpr int kLoadingWarps = 4, kMaxWarps = kMaxComputingWarps + kLoadingWarps;
+inline constexpr int kLoadingWarps = 4;  // at least
+inline constexpr int kMaxWarps = kMaxComputingWarps + kLoadingWarps;
 inline constexpr int kMaxSlots = 32;
 inline constexpr int kMaxStates = 60;  // of a quad: most_parts() of any length
 
@@ -29,8 +30,8 @@ struct alignas(16) Item {
   int32_t rank, next;  // where the state began that the step belongs to; before the next step
 };
 inline constexpr uint32_t kItemRaw = 1;
-inline constexpr uint32_t kItemFirst = 2, kItemLast = 4;  // of the steps that are chained in registers
-inline constexpr uint32_t kItemEdge = 8;  // there is a token here that some row of the block does not see
+inline constexpr uint32_t kItemLast = 2;  // of the steps that are chained in registers
+inline constexpr uint32_t kItemEdge = 4;  // there is a token here that some row of the block does not see
 
 // A partial result of a list: where the state of the team's first quad is (RoomOf::at), and the ranks before and behind
 // it.

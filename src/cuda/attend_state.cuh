@@ -63,9 +63,13 @@ struct StoredState {
   Slice slices[kHeadDim / 32];
 
   // Channel d of column i, for a writer that holds other channels.
-  __device__ float& at(int d, int i) {
-    const int tile = d / 16, lane = 4 * (d % 16 / 2) + i;
+  __device__ float& at(unsigned d, unsigned i) {
+    const unsigned tile = d / 16, lane = 4 * (d % 16 / 2) + i;
     return reinterpret_cast<float*>(&slices[tile / 2].out[lane])[2 * (tile % 2) + d % 2];
+  }
+  // How many floats channel d + more, `more` a multiple of 8, lies behind channel d < 8.
+  static constexpr int distance(int more) {
+    return more / 32 * static_cast<int>(sizeof(Slice) / 4) + 2 * (more / 16 % 2) + more % 16 / 8 * 64;
   }
 };
 

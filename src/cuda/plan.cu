@@ -62,7 +62,8 @@ __device__ BlockPlan block_of(const PlanInputs& in, const RequestPlan& r, int32_
   b.first_tile = in.window > 0 ? max(0, first - in.window + 1) / page_tokens : 0;
   b.steps = packed_steps(b);
   for (int i = 0; i < b.own_tiles; ++i) {
-    const int32_t raw = raw_step(in.layout), steps = (own_tokens(b, page_tokens, in.group, i) + raw - 1) / raw;
+    const int32_t raw = raw_step(in.layout),
+                  steps = (own_tokens(b, page_tokens, last_position(b, in.group), i) + raw - 1) / raw;
     b.steps += steps;
     if (i == 0) b.own_steps = steps;
     b.raw[i] = tiles[r.first_tile + b.own_tile + i - b.start / page_tokens].raw;
