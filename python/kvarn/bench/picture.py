@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a `kvarn bench serve` run as bars, in SVG."""
+"""The figures of a `kvarn bench serve` run, or others, as bars in SVG."""
 
 from html import escape
 
@@ -16,6 +16,11 @@ def draw(lines: list[dict], mixes: list[Mix]) -> str:
         least, key = (f"{mix.least:,} to ", "step_mean_ms") if mix.least else ("", "step_ms")
         title = f"ms per decode step, {mix.requests} x {least}{mix.context:,} tokens (less is better)"
         panels.append((title, _bars(lines, key, mix), "{:.2f}"))
+    return panels_of_bars(panels)
+
+
+def panels_of_bars(panels: list[tuple[str, list[tuple[str, float]], str]]) -> str:
+    """Of each panel the title, its bars (name, value), and how a value is written; all panels one below the other."""
     parts, top = [], 16
     for title, bars, form in panels:
         parts.append(f'<text x="8" y="{top}" font-weight="bold">{escape(title)}</text>')
