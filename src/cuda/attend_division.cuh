@@ -59,6 +59,13 @@ constexpr int32_t role_of(int32_t warp, int32_t computing, int32_t warps) {
   const int32_t other = 3 * (warp / 4) + warp % 4;
   return other < computing ? other : other + kApartWarps / 4;
 }
+// Every role once.
+constexpr bool has_all_roles(int32_t computing) {
+  uint32_t roles = 0;
+  for (int32_t warp = 0; warp < kApartWarps; ++warp) roles |= 1u << role_of(warp, computing, kApartWarps);
+  return roles == (1u << kApartWarps) - 1;
+}
+static_assert(has_all_roles(8) && has_all_roles(12));
 
 // Columns of a block: as many as the largest request of the step needs. Teams of three and of five warps are for
 // kernels of 16 warps. 21 to 24 are two blocks of 12, not one of 16 and a rest in its kernel (docs/kernels.md).
