@@ -66,7 +66,7 @@ __device__ inline void load_queries(const kvarn_rows& q, int64_t mine, int lane,
     }
 }
 
-// f32 queries are for tests: apart, so that their code does not lie in the middle of the others'.
+// f32 queries, which models seldom have: apart, so that their code does not lie in the middle of the others'.
 template <class S, int kColumns>
 struct Loaded {
   float x[kColumns][S::head_dim / 32];
