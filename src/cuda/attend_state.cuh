@@ -67,7 +67,7 @@ struct StoredState {
     const unsigned tile = d / 16, lane = 4 * (d % 16 / 2) + i;
     return reinterpret_cast<float*>(&slices[tile / 2].out[lane])[2 * (tile % 2) + d % 2];
   }
-  // How many floats channel d + more, `more` a multiple of 8, lies behind channel d < 8.
+  // How many floats channel d + more lies behind channel d: `more` a multiple of 32, or of 8 if d < 8.
   static constexpr int distance(int more) {
     return more / 32 * static_cast<int>(sizeof(Slice) / 4) + 2 * (more / 16 % 2) + more % 16 / 8 * 64;
   }
