@@ -18,7 +18,11 @@ class Walk {
 
   __device__ void begin(const Share& list) {
     left = list.steps();
-    if (left > 0) begin(list.begin);
+    if (left <= 0) return;
+    take_block(list.begin.block);
+    head = list.begin.head, step_ = list.begin.step;
+    next_ = rank_of(b_, step_);
+    locate();
   }
   // To the next step, if there is one.
   __device__ void advance() {
@@ -49,13 +53,6 @@ class Walk {
   int32_t pages[kRawPages] = {};
 
  private:
-  __device__ void begin(const Cut& cut) {
-    take_block(cut.block);
-    head = cut.head, step_ = cut.step;
-    next_ = rank_of(b_, step_);
-    fresh_ = true;
-    locate();
-  }
   __device__ void take_block(int block) {
     block_ = block;
     b_ = p_.plan.blocks[block];

@@ -5,6 +5,7 @@
 #include "cuda/attend.hpp"
 #include "cuda/device.cuh"
 #include "cuda/launch.hpp"
+#include "cuda/plan_blocks.cuh"
 #include "cuda/plan_cuts.cuh"
 #include "cuda/plan_deferred.cuh"
 
@@ -43,32 +44,6 @@ __device__ int32_t raw_tiles(const PlanInputs& in, const RequestPlan& r, int32_t
 __device__ int32_t tiles_of(const PlanInputs& in, const RequestPlan& r) {
   return r.queries == 0 ? 0
                         : (r.length - 1) / in.layout.page_tokens - (r.length - r.queries) / in.layout.page_tokens + 1;
-}
-
-__device__ BlockPlan block_of(const PlanInputs& in, const RequestPlan& r, int32_t request, int32_t index,
-                              const TilePlan* tiles) {
-  BlockPlan b{};
-  const int32_t page_tokens = in.layout.page_tokens;
-  b.request = request;
-  b.row = r.first_row;
-  b.start = r.length - r.queries;
-  b.first_column = index * in.columns;
-  b.columns = min(in.columns, r.queries * in.group - b.first_column);
-  const int32_t first = b.start + b.first_column / in.group,
-                last = b.start + (b.first_column + b.columns - 1) / in.group;
-  b.own_tile = first / page_tokens;
-  b.own_tiles = last / page_tokens - b.own_tile + 1;
-  b.end_tile = b.own_tile + b.own_tiles - 1;
-  b.first_tile = in.window > 0 ? max(0, first - in.window + 1) / page_tokens : 0;
-  b.steps = packed_steps(b);
-  for (int i = 0; i < b.own_tiles; ++i) {
-    const int32_t raw = raw_step(in.layout),
-                  steps = (own_tokens(b, page_tokens, last_position(b, in.group), i) + raw - 1) / raw;
-    b.steps += steps;
-    if (i == 0) b.own_steps = steps;
-    b.raw[i] = tiles[r.first_tile + b.own_tile + i - b.start / page_tokens].raw;
-  }
-  return b;
 }
 
 __global__ void __launch_bounds__(kThreads, 1) plan_kernel(PlanInputs in, Plan plan) {

@@ -13,6 +13,7 @@ using std::max, std::min;
 
 #include <gtest/gtest.h>
 
+#include "cuda/plan_blocks.cuh"
 #include "cuda/plan_cuts.cuh"
 #include "format/layout.hpp"
 
@@ -21,22 +22,15 @@ using namespace kvarn::cuda;
 
 const kvarn_layout kLayout = kvarn::format::make_layout({4, 2, 128}, 128, 8);
 
-// What the plan makes of `rows` rows of a request that has `length` tokens with them (plan.cu, block_of), one block.
-BlockPlan block_of(int request, int length, int rows, int group, int window) {
-  BlockPlan b{};
-  b.request = request, b.start = length - rows, b.columns = rows * group;
-  b.own_tile = b.start / kLayout.page_tokens;
-  b.own_tiles = (length - 1) / kLayout.page_tokens - b.own_tile + 1;
-  b.end_tile = b.own_tile + b.own_tiles - 1;
-  b.first_tile = window > 0 ? max(0, b.start - window + 1) / kLayout.page_tokens : 0;
-  b.steps = packed_steps(b);
-  for (int i = 0; i < b.own_tiles; ++i) {
-    const int raw = raw_step(kLayout),
-              steps = (own_tokens(b, kLayout.page_tokens, last_position(b, group), i) + raw - 1) / raw;
-    if (i == 0) b.own_steps = steps;
-    b.steps += steps;
-  }
-  return b;
+// The plan's one block of `rows` rows of a request that has `length` tokens with them.
+BlockPlan block(const PlanInputs& in, int request, int length, int rows) {
+  const std::vector<TilePlan> tiles(3);  // more than the rows lie in
+  return block_of(in, RequestPlan{length, rows, 0, 0, 0, 0, 0}, request, 0, tiles.data());
+}
+PlanInputs inputs(int window) {
+  PlanInputs in{};
+  in.layout = kLayout, in.group = 4, in.columns = 4 * 5, in.window = window;
+  return in;
 }
 
 // A partial result: the additions that made it, and the rank of the boundary before it.
@@ -66,7 +60,7 @@ struct AttentionsOrder : testing::Test {
   int up_to(int least, int most) { return std::uniform_int_distribution<int>(least, most)(draw); }
   BlockPlan some_block(int most) {
     const int length = up_to(1, most);
-    return block_of(0, length, up_to(1, min(length, 5)), 4, up_to(0, 2) == 0 ? up_to(1, most) : 0);
+    return block(inputs(up_to(0, 2) == 0 ? up_to(1, most) : 0), 0, length, up_to(1, min(length, 5)));
   }
 };
 
@@ -107,8 +101,8 @@ struct Batch {
   Costs cost{};
   int least = 1 << 30, most = 0;
 
-  void add(int length, int rows, int window) {
-    BlockPlan b = block_of(static_cast<int>(blocks.size()), length, rows, in.group, window);
+  void add(int length, int rows) {
+    BlockPlan b = block(in, static_cast<int>(blocks.size()), length, rows);
     b.weight_before = cost.weight, b.steps_before = cost.steps;
     cost.weight += int64_t{weight_of(b)} * in.layout.kv_heads;
     cost.steps += b.steps * in.layout.kv_heads;
@@ -133,14 +127,12 @@ struct Batch {
 TEST_F(AttentionsOrder, CutsAreInOrderWhateverTheBatch) {
   for (int round = 0; round < 3000 && !HasFailure(); ++round) {
     Batch batch;
-    batch.in.layout = kLayout, batch.in.group = 4;
-    batch.in.ctas = std::vector{132, 108, 20, 1}[up_to(0, 3)],
+    batch.in = inputs(up_to(0, 3) == 0 ? 600 : 0);
+    batch.in.ctas = std::vector{132, 108, 20, 1}[up_to(0, 3)];
     batch.in.teams = std::vector{8, 16, 12, 5, 3}[up_to(0, 4)];
-    const int requests = up_to(0, 1) != 0 ? up_to(1, 6) : up_to(1, 200),
-              base = up_to(1, up_to(0, 1) != 0 ? 3000 : 20000);
-    const int spread = up_to(0, 2) == 0 ? 20000 : up_to(0, base / 8), rows = up_to(1, 4),
-              window = up_to(0, 3) == 0 ? 600 : 0;
-    for (int r = 0; r < requests; ++r) batch.add(base + rows + up_to(0, spread), rows, window);
+    const int requests = up_to(0, 1) != 0 ? up_to(1, 6) : up_to(1, 200), rows = up_to(1, 4),
+              base = up_to(1, up_to(0, 1) != 0 ? 3000 : 20000), spread = up_to(0, 2) == 0 ? 20000 : up_to(0, base / 8);
+    for (int r = 0; r < requests; ++r) batch.add(base + rows + up_to(0, spread), rows);
 
     EXPECT_EQ(batch.cut(0).number, 0);
     EXPECT_EQ(batch.cut(batch.in.ctas).number, batch.cost.steps);
