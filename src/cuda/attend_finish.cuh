@@ -76,18 +76,6 @@ __device__ inline float inverse_sum(const AttendParameters& p, float m, float l,
   return a / l;
 }
 
-// Where column `local` of a block goes: its row of the output, and query head.
-struct Place {
-  int row, query_head;
-  __device__ Place(const AttendParameters& p, const Target& b, int head, int local) {
-    const unsigned column = b.first_column + local, group = p.group, rows = column / group;
-    row = static_cast<int>(b.row + rows), query_head = static_cast<int>(head * group + column - rows * group);
-  }
-  __device__ int64_t in(const kvarn_rows_out& out) const {
-    return row * out.token_stride + query_head * out.head_stride;
-  }
-};
-
 // A segment's result, all of it in `total`, to the rows of the columns of a team's quad `rank`, by the one warp that
 // has it. Not inlined: code that is rarely used must not lie between code that is used all the time.
 template <class S>

@@ -40,6 +40,19 @@ __device__ inline void rotate_over_warp(float (&x)[kCount][kHeadDim / 32], int l
   }
 }
 
+// Whose column `local` of a block is: which row of the step, and query head.
+struct Place {
+  int row, query_head;
+  __device__ Place(const AttendParameters& p, const Target& b, int head, int local) {
+    const unsigned column = b.first_column + local, group = p.group, rows = column / group;
+    row = static_cast<int>(b.row + rows), query_head = static_cast<int>(head * group + column - rows * group);
+  }
+  template <class Rows>
+  __device__ int64_t in(const Rows& rows) const {
+    return row * rows.token_stride + query_head * rows.head_stride;
+  }
+};
+
 // Element 32 k + lane of kColumns columns, not rotated yet; `mine` is where the one of lane % kColumns begins. All
 // loads are in flight at once.
 template <class S, class Bits, int kColumns>
@@ -84,9 +97,8 @@ __device__ __noinline__ void prepare_queries(RoomOf<S> room, Target b, int head,
   const AttendParameters& p = room.p;
   constexpr int kColumns = kQuadColumns * kQuads;
   // A lane has a column, one that there is: of others the last.
-  const unsigned column = b.first_column + min(kQuadColumns * rank + lane % kColumns, b.columns - 1), group = p.group,
-                 row = column / group, query_head = head * group + column - row * group;
-  const int64_t mine = (b.row + row) * p.q.token_stride + query_head * p.q.head_stride;
+  const Place place(p, b, head, min(kQuadColumns * rank + lane % kColumns, b.columns - 1));
+  const int64_t mine = place.in(p.q);
   float x[kColumns][S::head_dim / 32], largest[kColumns] = {};
   if (p.q.dtype == KVARN_FLOAT32) {
     const Loaded<S, kColumns> loaded = load_floats<S, kColumns>(p.q, mine, lane);
@@ -127,7 +139,7 @@ __device__ __noinline__ void prepare_queries(RoomOf<S> room, Target b, int head,
 #pragma unroll
     for (int c = 0; c < half; ++c) largest[c] = lane & half ? largest[c + half] : largest[c];
   if (lane < kColumns) {
-    const int position = static_cast<int>(b.start + row);
+    const int position = b.start + place.row - b.row;
     room->columns[quad + lane / kQuadColumns][lane % kQuadColumns] = {
         power_between(exponent_above(largest[0])), position, p.window > 0 ? position - p.window + 1 : 0};
   }

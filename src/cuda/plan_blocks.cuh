@@ -17,16 +17,14 @@ __device__ inline BlockPlan block_of(const PlanInputs& in, const RequestPlan& r,
   b.start = r.length - r.queries;
   b.first_column = index * in.columns;
   b.columns = min(in.columns, r.queries * in.group - b.first_column);
-  const int32_t first = b.start + b.first_column / in.group,
-                last = b.start + (b.first_column + b.columns - 1) / in.group;
+  const int32_t first = b.start + b.first_column / in.group, last = last_position(b, in.group);
   b.own_tile = first / page_tokens;
   b.own_tiles = last / page_tokens - b.own_tile + 1;
   b.end_tile = b.own_tile + b.own_tiles - 1;
   b.first_tile = in.window > 0 ? max(0, first - in.window + 1) / page_tokens : 0;
   b.steps = packed_steps(b);
   for (int i = 0; i < b.own_tiles; ++i) {
-    const int32_t raw = raw_step(in.layout),
-                  steps = (own_tokens(b, page_tokens, last_position(b, in.group), i) + raw - 1) / raw;
+    const int32_t raw = raw_step(in.layout), steps = (own_tokens(b, page_tokens, last, i) + raw - 1) / raw;
     b.steps += steps;
     if (i == 0) b.own_steps = steps;
     b.raw[i] = tiles[r.first_tile + b.own_tile + i - b.start / page_tokens].raw;
