@@ -67,6 +67,20 @@ __device__ inline int32_t shares_of(const PlanInputs& in, int64_t weight, int32_
   return 20 * rounder >= 19 * most ? rounder : most;
 }
 
+// Few segments of requests that are nearly as long: a list has one packed tile, and the own tile a CTA of its own,
+// since its steps take longest to come. How many CTAs a segment has then; 0 where there are not enough of them.
+__device__ inline int32_t ctas_of_short(const PlanInputs& in, int32_t packed, int32_t segments) {
+  const int32_t lists = min(in.teams, 8), each = (packed + lists - 1) / lists + 1;
+  return int64_t{each} * segments <= in.ctas ? each : 0;
+}
+__device__ inline Cut cut_of_short(const PlanInputs& in, const BlockPlan* blocks, int32_t each, int32_t segment,
+                                   int32_t part) {
+  const int32_t index = segment / in.layout.kv_heads, packed = packed_steps(blocks[index]);
+  const bool own = part + 1 == each;
+  return cut_at(in, blocks, index, segment % in.layout.kv_heads, own ? packed : packed * part / (each - 1),
+                own || part == 0 ? 0 : 1);
+}
+
 // CTAs have shares of one weight; that of raw steps, and differences between histories, do not count where these are
 // nearly as long (`even`).
 __device__ inline Cut cut_of_cta(const PlanInputs& in, const BlockPlan* blocks, int32_t count, const Costs& all,
@@ -74,6 +88,8 @@ __device__ inline Cut cut_of_cta(const PlanInputs& in, const BlockPlan* blocks, 
   if (count == 0) return {count, 0, 0, all.steps};
   const int32_t segments = count * in.layout.kv_heads, packed = packed_steps(blocks[0]);
   const bool alike = even && packed > 0;
+  if (const int32_t each = alike ? ctas_of_short(in, packed, segments) : 0; each > 0)
+    return cta < each * segments ? cut_of_short(in, blocks, each, cta / each, cta % each) : Cut{count, 0, 0, all.steps};
   const int64_t weight = alike ? int64_t{segments} * packed : all.weight, unit = alike ? 1 : kPackedWeight;
   const int32_t shares = shares_of(in, weight / unit, segments, alike);
   if (cta >= shares) return {count, 0, 0, all.steps};
