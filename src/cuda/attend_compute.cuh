@@ -128,7 +128,7 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
   // A warp whose quads have no columns of the block only keeps pace.
   bool idle = kQuadColumns * rank >= first.columns;
   if (list.steps() > 0) prepare_queries<S, kQuads>(room.apart(), first, list.begin.head, rank, quad, lane);
-  const int steps = list.steps(), first_key = team * p.in.key_depth, first_value = team * p.in.value_depth;
+  const int steps = list.steps();
   const float* queries = room.queries(quad);
   const QueryColumn* columns = room->columns[quad];
   FullState<S::head_dim> state[kQuads];
@@ -138,14 +138,13 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
   };
   clear();
   Collector<S, kQuads> collector(p, room, warp, rank, lane);
-  int block = list.begin.block, head = list.begin.head, key = first_key, value = first_value;
-  uint32_t key_parity = 0, value_parity = 0;
+  int block = list.begin.block, head = list.begin.head;
+  Slots key(room->keys_full, team * p.in.key_depth, 0), value(room->values_full, team * p.in.value_depth, 0);
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
-    const uint8_t *keys = room.keys(key), *values = room.values(value);
-    Barrier *keys_empty = &room->keys_empty[key], *values_full = &room->values_full[value];
-    wait(&room->keys_full[key], key_parity);
-    const Item item = room->items[key];
+    const uint8_t *keys = room.keys(key.next), *values = room.values(value.next);
+    wait(key.full, key.parity);
+    const Item item = room->items[key.next];
     if (item.block != block || item.head != head) {
       block = item.block, head = item.head;
       const Target target = Target::of(p.plan.blocks[block]);
@@ -153,8 +152,8 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
       prepare_queries<S, kQuads>(room.apart(), target, head, rank, quad, lane);
     }
     if (idle) {
-      arrive(keys_empty);
-      wait(values_full, value_parity);
+      arrive(key.empty());
+      wait(value.full, value.parity);
     } else if ((item.flags & kItemRaw) == 0) {
       float y[kQuads][S::page_tokens / 16][2];
       packed_scores<S, kQuads>(keys, queries, columns, lane, y);
@@ -167,8 +166,8 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
           memcpy(y[j], &scores, sizeof scores);
         }
       }
-      arrive(keys_empty);
-      wait(values_full, value_parity);
+      arrive(key.empty());
+      wait(value.full, value.parity);
       packed_outputs<S, kQuads>(values - RoomOf<S>::key_part, y, lane, state);
     } else {
       float y[kQuads][kRawTiles<S>][2];
@@ -177,13 +176,13 @@ __device__ void compute(const AttendParameters& p, const RoomOf<S>& room, int wa
       for (int j = 0; j < kQuads; ++j)
         amend<S>(p, columns[kQuadColumns * j + (lane & 3)], item, y[j],
                  [&](int t, int h) { return 16 * t + (lane >> 2) + 8 * h; });
-      arrive(keys_empty);
-      wait(values_full, value_parity);
+      arrive(key.empty());
+      wait(value.full, value.parity);
       raw_outputs<S, kQuads>(values, y, lane, state);
     }
-    arrive(&room->values_empty[value]);
-    if (++key == first_key + p.in.key_depth) key = first_key, key_parity ^= 1;
-    if (++value == first_value + p.in.value_depth) value = first_value, value_parity ^= 1;
+    arrive(value.empty());
+    key.advance(p.in.key_depth);
+    value.advance(p.in.value_depth);
     if (item.flags & kItemLast) {
       collector.take(state, item);
       clear();

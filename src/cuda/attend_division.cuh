@@ -52,20 +52,21 @@ constexpr int32_t cta_warps(int32_t quads, int32_t computing) {
 }
 // What a warp of a CTA is: of those below `computing` one that computes, of others one that loads. A quarter of the
 // multiprocessor runs every fourth warp, and keeps little code close: a tile's, a loader's and what happens in between
-// are more than that together. So of 16 warps every fourth loads, and of the others those that are left over.
-constexpr int32_t role_of(int32_t warp, int32_t computing, int32_t warps) {
-  if (warps != kApartWarps) return warp;
+// are more than that together. So where eight warps compute, each its own list, every fourth of 16 loads, and of the
+// others those that are left over. Twelve, and teams of two, gain more from a fourth quarter that computes.
+constexpr int32_t role_of(int32_t warp, int32_t computing, int32_t warps, int32_t team_warps) {
+  if (computing != 8 || warps != kApartWarps || team_warps != 1) return warp;
   if (warp % 4 == 3) return computing + warp / 4;
   const int32_t other = 3 * (warp / 4) + warp % 4;
   return other < computing ? other : other + kApartWarps / 4;
 }
 // Every role once.
-constexpr bool has_all_roles(int32_t computing) {
+constexpr bool has_all_roles() {
   uint32_t roles = 0;
-  for (int32_t warp = 0; warp < kApartWarps; ++warp) roles |= 1u << role_of(warp, computing, kApartWarps);
+  for (int32_t warp = 0; warp < kApartWarps; ++warp) roles |= 1u << role_of(warp, 8, kApartWarps, 1);
   return roles == (1u << kApartWarps) - 1;
 }
-static_assert(has_all_roles(8) && has_all_roles(12));
+static_assert(has_all_roles());
 
 // Columns of a block: as many as the largest request of the step needs. Teams of three and of five warps are for
 // kernels of 16 warps. 21 to 24 are two blocks of 12, not one of 16 and a rest in its kernel (docs/kernels.md).

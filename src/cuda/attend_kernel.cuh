@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(32 * cta_warps(kQuads, kComputingWarps), 1)
   // A tile that this step packs may be read by any request: only in a step that packs none are tiles read early.
   const bool early = p.plan.header->packs == 0;
   begin_room<kWarps>(p, *room, static_cast<int>(threadIdx.x));
-  const int role = role_of(warp, kComputingWarps, kWarps);
+  const int role = role_of(warp, kComputingWarps, kWarps, p.in.team_warps);
   if (role >= kComputingWarps) {
     const int loader = role - kComputingWarps;
     Loader<S, kComputingWarps, kLoaders>(p, room, loader, lane, early).run();

@@ -21,48 +21,42 @@ class Loader {
   __device__ void run() {
     if (!early_) wait_for_previous();
     // Of teams of one warp, or few teams, it has neighbours; of others every fourth (docs/kernels.md).
-    const bool neighbours = kComputingWarps == 8 || p_.in.team_warps == 1;
+    const bool neighbours = kLists > 1 && (kComputingWarps == 8 || p_.in.team_warps == 1);
     const int first = neighbours ? loader_ * p_.in.teams / kLoaders : loader_,
               end = neighbours ? (loader_ + 1) * p_.in.teams / kLoaders : p_.in.teams,
               team = first + (neighbours ? 1 : kLoaders) * (lane_ % kLists),
               depth = keys_ ? p_.in.key_depth : p_.in.value_depth;
     if (lane_ < 2 * kLists && team < end)
       list_.begin(share_of(p_, static_cast<int>(blockIdx.x) * p_.in.teams + team, 1));
-    // The lane's slot: where its part goes, its barriers. They move from slot to slot.
-    const int first_slot = team * depth;
+    Slots slots(keys_ ? room_->keys_full : room_->values_full, team * depth, 1);  // the first round finds them empty
+    const Shared all_slots = keys_ ? room_.keys(0) : room_.values(0);
     const uint32_t slot_size = keys_ ? RoomOf<S>::key_slot : RoomOf<S>::value_slot;
-    Shared to = keys_ ? room_.keys(first_slot) : room_.values(first_slot),
-           full = (keys_ ? room_->keys_full : room_->values_full) + first_slot;
-    int turn = 0;
-    uint32_t parity = 1;  // the first round finds empty slots
 #pragma unroll 1
     while (__any_sync(~0u, list_.left > 0)) {
-      const Shared empty = full + kEmptyBehindFull;
+      const Shared empty = slots.empty();
       bool ready;
       do {
-        ready = list_.left > 0 && ended(empty, parity);
+        ready = list_.left > 0 && ended(empty, slots.parity);
       } while (!__any_sync(~0u, ready));
       // Again, to wait as the sanitizer knows it; by the whole warp where all lanes copy, or did when the slot was last
       // used.
       history_ = ready ? history_ << 1 | (list_.raw ? 1 : 0) : history_;
       const bool shared = ready && (history_ & ((2u << depth) - 1)) != 0;
-      if (ready && !shared) wait(empty, parity);
+      if (ready && !shared) wait(empty, slots.parity);
 #pragma unroll 1
       for (unsigned owners = __ballot_sync(~0u, shared); owners != 0; owners &= owners - 1) {
         const int owner = __ffs(static_cast<int>(owners)) - 1;
-        wait(of_lane(empty, owner), __shfl_sync(~0u, parity, owner));
+        wait(of_lane(empty, owner), __shfl_sync(~0u, slots.parity, owner));
       }
-      if (ready && keys_) room_->items[first_slot + turn] = list_.item();
-      load_packed(ready && !list_.raw, to, full);
+      if (ready && keys_) room_->items[slots.next] = list_.item();
+      const Shared to = all_slots + slots.next * slot_size;
+      load_packed(ready && !list_.raw, to, slots.full);
 #pragma unroll 1
       for (unsigned owners = __ballot_sync(~0u, ready && list_.raw); owners != 0; owners &= owners - 1)
-        load_raw(__ffs(static_cast<int>(owners)) - 1, to, full);
+        load_raw(__ffs(static_cast<int>(owners)) - 1, to, slots.full);
       if (ready) {
         list_.advance();
-        const bool last = ++turn == depth;
-        const uint32_t by = last ? 1 - depth : 1;  // modulo 2^32
-        to = to + by * slot_size, full = full + by * static_cast<uint32_t>(sizeof(Barrier));
-        if (last) turn = 0, parity ^= 1;
+        slots.advance(depth);
       }
     }
     if (early_) wait_for_previous();
@@ -70,9 +64,6 @@ class Loader {
 
  private:
   static constexpr int kLists = kComputingWarps / kLoaders;
-  static constexpr uint32_t kEmptyBehindFull = sizeof(Room::keys_full);
-  static_assert(offsetof(Room, keys_empty) - offsetof(Room, keys_full) == kEmptyBehindFull &&
-                offsetof(Room, values_empty) - offsetof(Room, values_full) == kEmptyBehindFull);
   __device__ static bool is_of_keys(int lane) { return lane < kLists; }
 
   __device__ uint8_t* record(int32_t page, int head) const {

@@ -12,6 +12,14 @@
 
 namespace kvarn::cuda {
 
+// Where 2 bytes of rows 2 g and + 1 begin. The compiler must not know that these are a lane's upper bits: it would add
+// and mask them anew for every row tile.
+__device__ inline int own_rows(int lane) {
+  int at = 4 * (lane >> 2);
+  asm("" : "+r"(at));
+  return at;
+}
+
 // The largest magnitude of the lane's scales.
 template <int kLines>
 __device__ inline float largest_of(const uint2 (&scales)[kLines]) {
@@ -85,13 +93,14 @@ __device__ inline void packed_scores(const uint8_t* record, const float* queries
     unit[j] = grid * up;
     zero[j] = __shfl_sync(~0u, sum, 8 * i + 4 * j) * up;  // from a lane that has the column
   }
+  const uint8_t* own = record + own_rows(lane);
   for_blocks<S, true>([&]<int kBlock>() {
     int sums[kQuads][M::fields][2];
     product<S, true, kBlock>(record, operand, lane, sums);
 #pragma unroll
     for (int f = 0; f < M::fields; ++f) {
       constexpr int kFirst = kBlock * M::fields;
-      const float2 t = widen(load_as<uint32_t>(record + S::layout.k_token + 2 * (16 * (kFirst + f) + 2 * g)));
+      const float2 t = widen(load_as<uint32_t>(own + S::layout.k_token + 32 * (kFirst + f)));
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) {
         const float u = unit[j] * (1.0f / (1 << M::excess(f)));
@@ -154,15 +163,15 @@ __device__ inline void packed_outputs(const uint8_t* record, float (&y)[kQuads][
   using M = Matrix<S, false>;
   constexpr float kRange = 65000.0f, kMagic = 8388608.0f;  // 2^23
   constexpr int kRowTiles = S::page_tokens / 16;
-  const int g = lane >> 2;
+  const uint8_t* own = record + own_rows(lane);
   uint32_t operand[kQuads][M::lines];
   float b[kQuads], z[kQuads] = {}, largest[kQuads] = {}, inverse[kQuads], unit[kQuads], zero[kQuads];
 #pragma unroll
   for (int j = 0; j < kQuads; ++j) b[j] = begin_step(state[j], softmax(y[j]));
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t) {
-    const float2 s = widen(load_as<uint32_t>(record + S::layout.v_scale + 2 * (16 * t + 2 * g)));
-    const float2 zeros = widen(load_as<uint32_t>(record + S::layout.v_zero + 2 * (16 * t + 2 * g)));
+    const float2 s = widen(load_as<uint32_t>(own + S::layout.v_scale + 32 * t));
+    const float2 zeros = widen(load_as<uint32_t>(own + S::layout.v_zero + 32 * t));
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
       z[j] = __fmaf_rn(y[j][t][1], zeros.y, __fmaf_rn(y[j][t][0], zeros.x, z[j]));
@@ -198,7 +207,7 @@ __device__ inline void packed_outputs(const uint8_t* record, float (&y)[kQuads][
 #pragma unroll
     for (int f = 0; f < M::fields; ++f) {
       constexpr int kFirst = kBlock * M::fields;
-      const float2 c = widen(load_as<uint32_t>(record + S::layout.v_channel + 2 * (16 * (kFirst + f) + 2 * g)));
+      const float2 c = widen(load_as<uint32_t>(own + S::layout.v_channel + 32 * (kFirst + f)));
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) {
         const float u = unit[j] * (1.0f / (1 << M::excess(f)));

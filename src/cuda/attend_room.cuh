@@ -75,6 +75,27 @@ struct Room {
   // queries [quad][4] (query_stride), states [states][quad], K slots [team][depth], V slots
 };
 
+// The slots of a team's K parts, or of its V parts, one after the other, round after round: which one is next, and the
+// barrier of its being full; that of its being empty lies behind.
+struct Slots {
+  Shared full;
+  uint32_t parity;
+  int next, first;
+
+  __device__ Slots(const Barrier* all_full, int first, uint32_t parity)
+      : full(all_full + first), parity(parity), next(first), first(first) {}
+  __device__ Shared empty() const { return full + sizeof(Room::keys_full); }
+  __device__ void advance(int depth) {
+    full = full + sizeof(Barrier);
+    if (++next == first + depth) {
+      next = first, parity ^= 1;
+      full = full + static_cast<uint32_t>(-depth * static_cast<int>(sizeof(Barrier)));
+    }
+  }
+};
+static_assert(offsetof(Room, keys_empty) - offsetof(Room, keys_full) == sizeof(Room::keys_full) &&
+              offsetof(Room, values_empty) - offsetof(Room, values_full) == sizeof(Room::keys_full));
+
 // Parts of shared memory begin at multiples of 128 bytes.
 constexpr int aligned(int64_t bytes) { return static_cast<int>((bytes + 127) / 128 * 128); }
 inline constexpr int kPiecesAt = aligned(sizeof(Room));

@@ -38,8 +38,8 @@ __device__ inline void order_before_copies() {
 }
 
 // By every lane that calls: each releases what it wrote itself, and what it saw before a __syncwarp.
-__device__ inline void arrive(Barrier* barrier) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
+__device__ inline void arrive(Shared barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier.address) : "memory");
 }
 
 // Has the phase of that parity ended? What was released to it is visible then. Does not wait.
