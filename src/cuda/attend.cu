@@ -18,12 +18,13 @@ cudaError_t divide(const kvarn_layout& layout, int32_t query_heads, int32_t max_
     if (wanted.teams > 0) d = wanted;
     return wanted.teams > 0;
   };
-  // As many teams as there are warps for; room for what most lists are left with; then steps in flight, K parts first:
-  // while the one is computed the next is there; then more room.
-  int32_t teams = warps / team_warps_of(columns);
+  // As many teams as there are warps for; room for what most lists are left with, the more the more lists there are;
+  // then steps in flight, K parts first: while the one is computed the next is there; then more room.
+  int32_t teams = most_teams(warps, columns);
   while (teams > 0 && !use(teams, 1, 1, 1)) --teams;
   if (teams == 0) return cudaErrorInvalidConfiguration;
-  while (d.states < 4 / d.warp_quads && use(teams, d.states + 1, 1, 1)) {
+  const int32_t states = columns == kQuadColumns ? 4 : 2;
+  while (d.states < states && use(teams, d.states + 1, 1, 1)) {
   }
   for (int32_t depth = 1; depth < kPieceTiles; ++depth)
     if (!use(teams, d.states, depth + 1, depth) || !use(teams, d.states, depth + 1, depth + 1)) break;

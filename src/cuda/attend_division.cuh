@@ -11,6 +11,11 @@ namespace kvarn::cuda {
 inline constexpr int32_t kTwoQuadsColumns = 16;
 constexpr int32_t warp_quads_of(int32_t columns) { return columns == kTwoQuadsColumns ? 2 : 1; }
 constexpr int32_t team_warps_of(int32_t columns) { return columns / (kQuadColumns * warp_quads_of(columns)); }
+// Of three warps, four teams and not five: the fifteenth warp would leave one quarter of the multiprocessor with a warp
+// less than the others, which whole teams wait for (docs/kernels.md).
+constexpr int32_t most_teams(int32_t warps, int32_t columns) {
+  return team_warps_of(columns) == 3 ? warps / 4 : warps / team_warps_of(columns);
+}
 
 // `teams` of them for blocks of `columns`, of `warps` that compute, if `limit` bytes suffice; teams 0 if not.
 constexpr Division division_of(const kvarn_layout& layout, int32_t columns, int limit, int32_t warps, int32_t teams,
