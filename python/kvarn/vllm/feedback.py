@@ -9,9 +9,11 @@ import time
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_pp_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.sequence import IntermediateTensors
 
 from kvarn import energy
 
@@ -51,8 +53,6 @@ def settle(model: torch.nn.Module, model_config) -> None:
 
 def _seen(model, layers: list[Attention], config) -> dict[Attention, energy.Seen]:
     """The model runs on the fixed tokens, as kvarn.energy has it, uncompiled."""
-    if config.parallel_config.pipeline_parallel_size > 1:
-        raise NotImplementedError("pipeline parallelism")
     found: dict[Attention, energy.Seen] = {}
 
     def in_place_of(layer):
@@ -83,8 +83,24 @@ def _seen(model, layers: list[Attention], config) -> dict[Attention, energy.Seen
         layer.forward = in_place_of(layer)
     try:
         with torch.inference_mode(), set_forward_context(None, config, num_tokens=len(tokens), skip_compiled=True):
-            model(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+            _run(model, tokens, positions)
     finally:
         for layer in layers:
             del layer.forward
     return found
+
+
+def _run(model, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+    """The model, or this pipeline stage of it behind the one before. A stage that fails says so to the next one, which
+    would wait for it for good."""
+    stages, before, told = get_pp_group(), None, {}
+    try:
+        if not stages.is_first_rank:
+            before = IntermediateTensors(stages.recv_tensor_dict())
+            if not before.tensors:
+                raise RuntimeError("the pipeline stage before this one could not be run")
+        out = model(input_ids=tokens, positions=positions, intermediate_tensors=before, inputs_embeds=None)
+        told = {} if stages.is_last_rank else out.tensors
+    finally:
+        if not stages.is_last_rank:
+            stages.send_tensor_dict(told)
