@@ -2,8 +2,10 @@
 # The CUDA kernels: whether they are built, for which devices and for which shapes.
 set(KVARN_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO (where nvcc is found), ON or OFF")
 set_property(CACHE KVARN_CUDA PROPERTY STRINGS AUTO ON OFF)
-# 80 is machine code and PTX, so that 8.6, 8.9 and later devices run it too; 90a is machine code only.
-set(KVARN_CUDA_ARCHITECTURES "80;90a" CACHE STRING "Compute capabilities; without a letter: machine code and PTX")
+# The machine code of 80 is also that of 8.6 and 8.9; later devices than Hopper compile the PTX of 90, whose copies go
+# through the copy engine. 90 and 90a have the same machine code: nothing of 90a's own is used.
+set(KVARN_CUDA_ARCHITECTURES "80-real;90" CACHE STRING
+    "Compute capabilities: 90 machine code and PTX, 80-real or 90a machine code, 80@90 what 80 runs as machine code of 90")
 set(KVARN_CUDA_SHAPES "all" CACHE STRING "all, or shapes as k4v2_g128_d128;k2v2_g64_d96 for a quick build")
 
 # Sets KVARN_HAS_CUDA and enables the language. Says why if it is left out; that is an error if KVARN_CUDA is ON.
@@ -95,8 +97,12 @@ function(kvarn_add_cuda target)
   foreach(architecture ${KVARN_CUDA_ARCHITECTURES})
     if(architecture MATCHES "^[0-9]+$")
       list(APPEND options -gencode=arch=compute_${architecture},code=[compute_${architecture},sm_${architecture}])
+    elseif(architecture MATCHES "^([0-9]+a?)(-real)?$")
+      list(APPEND options -gencode=arch=compute_${CMAKE_MATCH_1},code=sm_${CMAKE_MATCH_1})
+    elseif(architecture MATCHES "^([0-9]+)@([0-9]+)$")
+      list(APPEND options -gencode=arch=compute_${CMAKE_MATCH_1},code=sm_${CMAKE_MATCH_2})
     else()
-      list(APPEND options -gencode=arch=compute_${architecture},code=sm_${architecture})
+      message(FATAL_ERROR "kvarn: KVARN_CUDA_ARCHITECTURES names ${architecture}; allowed: 90, 80-real, 90a, 80@90")
     endif()
   endforeach()
   target_compile_options(kvarn_cuda PRIVATE ${options})
@@ -108,6 +114,7 @@ function(kvarn_add_cuda target)
   target_include_directories(${target} PRIVATE ${generated})
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
   string(REPLACE ";" " " architectures "${KVARN_CUDA_ARCHITECTURES}")
+  string(REPLACE "-real" "" architectures "${architectures}")
   set_source_files_properties(src/api/cuda.cpp src/api/cuda_device.cpp PROPERTIES
     COMPILE_DEFINITIONS "KVARN_CUDA_ARCHITECTURES=\"${architectures}\"")
   # C++ links it: what CUDA needs is among the libraries above.

@@ -70,7 +70,7 @@ typedef struct kvarn_cuda_attention {
 
 /* 1 if this build has CUDA kernels and a usable device is present; otherwise 0, and kvarn_last_error() says why. */
 int32_t kvarn_cuda_available(void);
-/* What this build was made for, "80;90a", and the shapes that have kernels, "k4v2_g128_d128", .., ended by NULL; empty
+/* What this build was made for, "80 90", and the shapes that have kernels, "k4v2_g128_d128", .., ended by NULL; empty
  * without CUDA. */
 const char* kvarn_cuda_architectures(void);
 const char* const* kvarn_cuda_shapes(void);

@@ -39,9 +39,9 @@ def test_says_whether_there_are_cuda_kernels_and_why_not(without_vllm, monkeypat
         assert told.verdict is doctor.Verdict.NOTE
         assert told.text == kvarn.cuda_missing()
     monkeypatch.setattr(kvarn._core, "cuda_shapes", lambda: ["k4v2_g128_d64", "k4v2_g128_d128", "k8v4_g64_d128"])
-    monkeypatch.setattr(kvarn._core, "cuda_architectures", lambda: "80 90a")
+    monkeypatch.setattr(kvarn._core, "cuda_architectures", lambda: "80 90")
     text = findings()["CUDA kernels"].text
-    assert "80 90a" in text and "3 shapes: k4v2_g128, k8v4_g64 with head_dim 64, 128" in text
+    assert "80 90" in text and "3 shapes: k4v2_g128, k8v4_g64 with head_dim 64, 128" in text
 
 
 def test_a_question_that_fails_is_a_finding(without_vllm, monkeypatch):
