@@ -7,6 +7,7 @@
 
 #include "cuda/attend_finish.cuh"
 #include "cuda/attend_order.cuh"
+#include "cuda/attend_packed.cuh"
 #include "cuda/attend_queries.cuh"
 
 namespace kvarn::cuda {

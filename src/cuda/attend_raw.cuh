@@ -5,7 +5,7 @@
 // The state's channels differ from a packed piece's: lane 4 g + i holds 16 T + g and 16 T + g + 8.
 #pragma once
 
-#include "cuda/attend_packed.cuh"
+#include "cuda/attend_softmax.cuh"
 #include "cuda/plan.hpp"
 
 namespace kvarn::cuda {
