@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys rounded for the model's queries (kvarn_feedback): where the feedback of each layer comes from."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -21,6 +23,19 @@ def test_the_switch(monkeypatch):
     assert refuse.feedback_of(config()) == "off"
     with pytest.raises(Refused, match="unknown kvarn feedback 'weights'; allowed are on and off"):
         refuse.feedback_of(config(additional_config={"kvarn_feedback": "weights"}))
+
+
+def test_a_stage_that_fails_tells_the_next(monkeypatch):
+    """Which would wait for it for good."""
+    told = []
+    stage = SimpleNamespace(is_first_rank=True, is_last_rank=False, send_tensor_dict=told.append)
+    monkeypatch.setattr(feedback, "get_pp_group", lambda: stage)
+    with pytest.raises(ZeroDivisionError):
+        feedback._run(lambda **given: 1 / 0, None, None)
+    stage.is_first_rank, stage.recv_tensor_dict = False, told.pop
+    with pytest.raises(RuntimeError, match="the pipeline stage before"):
+        feedback._run(lambda **given: None, None, None)
+    assert told == [{}]
 
 
 def assert_as_in_transformers(folder, packed, bits=lambda number: 4, **options) -> None:
