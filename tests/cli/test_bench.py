@@ -7,11 +7,12 @@ import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
 import pytest
-from kvarn.bench import engine, picture, serve, shapes
+from kvarn.bench import engine, picture, run, serve, shapes
+from kvarn.bench.mix import Mix
 from kvarn.cli import commands
 from typer.testing import CliRunner
 
-MIX = serve.Mix(64, 2048, 48)
+MIX = Mix(64, 2048, 48)
 LINES = [
     {"kv_cache_dtype": "auto", "start_s": 24.0, "fit_tokens": 791312},
     {"kv_cache_dtype": "auto", "requests": 64, "context": 2048, "output": 48, "prefill_s": 3.3, "step_ms": 10.4},
@@ -23,16 +24,25 @@ LINES = [
 
 
 @pytest.mark.parametrize(("text", "mix"), [
-    ("64x2048+48", MIX), ("1x7+1", serve.Mix(1, 7, 1)), ("4x1921-2048+128", serve.Mix(4, 2048, 128, 1921)),
+    ("64x2048+48", MIX), ("1x7+1", Mix(1, 7, 1)), ("4x1921-2048+128", Mix(4, 2048, 128, 1921)),
+    ("8x32768:512+30", Mix(8, 32768, 30, new=512)), ("2x90-99:89+1", Mix(2, 99, 1, 90, 89)),
 ])  # fmt: skip
 def test_a_mix(text, mix):
-    assert serve.Mix.of(text) == mix
+    assert Mix.of(text) == mix and text.startswith(f"{mix}+")
 
 
-@pytest.mark.parametrize("text", ["", "64x2048", "0x1+1", "x1+1", "1x2+3+4", "-1x2+3", "2x9-8+1", "2x0-8+1"])
+def test_the_prompts_of_a_mix():
+    prompts = Mix(3, 99, 1, 90).prompts(50)
+    assert [len(prompt) for prompt in prompts] == [90, 94, 99] and prompts == Mix(3, 99, 8, 90, 12).prompts(50)
+    assert {token for prompt in prompts for token in prompt} <= set(range(2, 48))
+
+
+@pytest.mark.parametrize("text", [
+    "", "64x2048", "0x1+1", "x1+1", "1x2+3+4", "-1x2+3", "2x9-8+1", "2x0-8+1", "2x9:9+1", "2x9:0+1", "2x5-9:5+1",
+])  # fmt: skip
 def test_not_a_mix(text):
     with pytest.raises(ValueError, match=r"32x16384\+40"):
-        serve.Mix.of(text)
+        Mix.of(text)
 
 
 @pytest.mark.parametrize(("name", "dtype", "drafting"), [
@@ -88,7 +98,7 @@ def test_the_table_of_a_mix_given_up_and_of_starts_again():
 
 
 def test_the_table_of_prompts_of_several_lengths():
-    mix = serve.Mix(64, 2048, 128, 1921)
+    mix = Mix(64, 2048, 128, 1921)
     about = {"requests": 64, "context": 2048, "output": 128, "least": 1921, "prefill_s": 3.0}
     lines = [*LINES, {"kv_cache_dtype": "auto", "step_ms": 10.4, "step_mean_ms": 10.5} | about]
     _, rows = serve.table(lines, [MIX, mix])
@@ -97,6 +107,15 @@ def test_the_table_of_prompts_of_several_lengths():
         ["64x1921-2048 step, ms", "10.40"], ["64x1921-2048 step, mean, ms", "10.50"],
     ]  # fmt: skip
     assert "ms per decode step, 64 x 1,921 to 2,048 tokens (less is better)" in picture.draw(lines, [mix])
+
+
+def test_prompts_that_are_in_the_cache_but_for_their_ends():
+    mix = Mix(64, 2048, 48, new=512)
+    line = LINES[1] | {"new": 512, "prefill_s": 0.8}
+    _, rows = serve.table([*LINES, line], [MIX, mix])
+    assert [row[:2] for row in rows[1:5:2]] == [["64x2048 prefill, s", "3.30"], ["64x2048:512 prefill, s", "0.80"]]
+    drawn = picture.draw([*LINES, line], [mix])
+    assert "s to the first tokens, 64 x 2,048 tokens, the last 512 new (less is better)" in drawn and "0.80" in drawn
 
 
 def test_the_picture():
@@ -156,11 +175,15 @@ class StandIn:
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(get_vocab_size=lambda: 100),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=1000),
+            cache_config=SimpleNamespace(enable_prefix_caching=True),
             speculative_config=SimpleNamespace(num_speculative_tokens=drafts) if drafts else None,
         )
 
     def add_request(self, name, prompt, params):
         self.tokens[name], self.most = 0, params.max_tokens
+
+    def reset_prefix_cache(self):
+        pass
 
     def abort_request(self, names):
         self.tokens = {}
@@ -173,7 +196,8 @@ class StandIn:
         self.tokens = {name: min(count + 1 + self.drafts, self.most) for name, count in self.tokens.items()}
         said = [
             SimpleNamespace(
-                request_id=name, finished=n == self.most, outputs=[SimpleNamespace(token_ids=[0] * n)]
+                request_id=name, finished=n == self.most, outputs=[SimpleNamespace(token_ids=[0] * n)],
+                num_cached_tokens=6,
             )
             for name, n in self.tokens.items()
         ]  # fmt: skip
@@ -183,19 +207,20 @@ class StandIn:
 
 def test_a_mix_that_ends_and_one_that_is_given_up():
     pytest.importorskip("vllm")
-    found = engine.run_mix(SimpleNamespace(llm_engine=StandIn(0.0)), 4, 10, 5, seconds=60)
+    found = run.run_mix(SimpleNamespace(llm_engine=StandIn(0.0)), Mix(4, 10, 5), seconds=60)
     assert found["steps"] == 5 and "not_done_s" not in found
     slow = StandIn(0.02)
-    found = engine.run_mix(SimpleNamespace(llm_engine=slow), 4, 10, 500, seconds=0.2)
+    found = run.run_mix(SimpleNamespace(llm_engine=slow), Mix(4, 10, 500), seconds=0.2)
     assert found["not_done_s"] == 0.2 and 0 < found["steps"] < 500 and found["prefill_s"] > 0
     assert "total_s" not in found and not slow.has_unfinished_requests()
 
 
 def test_what_a_step_with_drafts_gains():
     pytest.importorskip("vllm")
-    found = engine.run_mix(SimpleNamespace(llm_engine=StandIn(0.0, drafts=2)), 4, 10, 5)
+    found = run.run_mix(SimpleNamespace(llm_engine=StandIn(0.0, drafts=2)), Mix(4, 10, 5))
     assert found["step_tokens"] == 3.0
-    assert engine.run_mix(SimpleNamespace(llm_engine=StandIn(0.0)), 4, 10, 5)["step_tokens"] == 1.0
+    found = run.run_mix(SimpleNamespace(llm_engine=StandIn(0.0)), Mix(4, 10, 5, new=3))
+    assert found["step_tokens"] == 1.0 and found["hit_tokens"] == 6
 
 
 def test_the_command(monkeypatch, tmp_path):

@@ -3,18 +3,23 @@
 
 from html import escape
 
-from kvarn.bench.serve import Mix, value
+from kvarn.bench.mix import Mix
+from kvarn.bench.serve import value
 
 _WIDTH, _LEFT, _BAR, _GAP = 720, 190, 18, 26
 _OURS, _OTHERS = "#0b7a75", "#9aa5b1"
 
 
 def draw(lines: list[dict], mixes: list[Mix]) -> str:
-    """A panel for the tokens that fit and one for the decode step of each mix; kvarn's bars are coloured."""
+    """A panel for the tokens that fit and one for each mix: its decode step, or its first tokens where the prompts are
+    found in the prefix cache but for their ends. kvarn's bars are coloured."""
     panels = [("tokens that fit (more is better)", _bars(lines, "fit_tokens"), "{:,.0f}")]
     for mix in mixes:
         least, key = (f"{mix.least:,} to ", "step_mean_ms") if mix.least else ("", "step_ms")
-        title = f"ms per decode step, {mix.requests} x {least}{mix.context:,} tokens (less is better)"
+        what, new = "ms per decode step", ""
+        if mix.new:  # then it is about the first tokens
+            what, new, key = "s to the first tokens", f", the last {mix.new:,} new", "prefill_s"
+        title = f"{what}, {mix.requests} x {least}{mix.context:,} tokens{new} (less is better)"
         panels.append((title, _bars(lines, key, mix), "{:.2f}"))
     return panels_of_bars(panels)
 

@@ -3,7 +3,6 @@
 
 import datetime
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -15,39 +14,13 @@ from typing import NamedTuple
 
 import kvarn
 from kvarn.bench import engine, shapes
-
-
-class Mix(NamedTuple):
-    """`requests` prompts of `context` tokens at once, then `output` decode steps of all of them.
-
-    least  of the shortest prompt, the others evenly between: then requests pass the edges of tiles in different steps,
-           as they do in a server. None: all alike, and most steps see nothing of it
-    """
-
-    requests: int
-    context: int
-    output: int
-    least: int | None = None
-
-    @classmethod
-    def of(cls, text: str) -> "Mix":
-        """ "32x16384+40" or "64x1921-2048+128". Raises ValueError for anything else."""
-        match = re.fullmatch(r"(\d+)x(?:(\d+)-)?(\d+)\+(\d+)", text)
-        requests, least, *others = (group and int(group) for group in match.groups()) if match else (0, 0, 0)
-        if 0 in (requests, least, *others) or (least and least > others[0]):
-            raise ValueError(
-                f"{text!r} is not a mix; write requests x context + output, as in 32x16384+40 or 64x1921-2048+128"
-            )
-        return cls(requests, *others, least)
-
-    def __str__(self) -> str:
-        return f"{self.requests}x{f'{self.least}-' if self.least else ''}{self.context}"
+from kvarn.bench.mix import Mix
 
 
 def value(line: dict, key: str, mix: Mix | None = None):
     """What a line of a run says under `key` of `mix`, or of the engine; None if it is not about that."""
-    about = (mix.requests, mix.context, mix.least) if mix else (None, None, None)
-    return line.get(key) if (line.get("requests"), line.get("context"), line.get("least")) == about else None
+    names = ("requests", "context", "least", "new")
+    return line.get(key) if all(line.get(name) == (mix and getattr(mix, name)) for name in names) else None
 
 
 class Limits(NamedTuple):

@@ -106,7 +106,8 @@ def serve(
         "auto,fp8,turboquant_4bit_nc,int4_per_token_head,kvarn_k4v2_g128"
     ),
     mixes: Annotated[
-        str, typer.Option(help="Requests x context + decode steps.")
+        str,
+        typer.Option(help="Requests x context + decode steps; 8x32768:512+30: all but 512 tokens are cached."),
     ] = "64x2048+48,1x32768+32,32x16384+40",
     options: Annotated[str, typer.Option(help="Of vllm.LLM, as JSON, over the benchmark's own.")] = "{}",
     seconds: Annotated[int, typer.Option(help="At most, for one dtype.")] = 600,
