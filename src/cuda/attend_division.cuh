@@ -43,7 +43,7 @@ constexpr Division division_of(const kvarn_layout& layout, int32_t columns, int 
 constexpr int32_t computing_warps(const kvarn_layout& layout, int32_t columns) {
   constexpr int kShared = 227 * 1024;  // of an sm_90; where there is less, some of the warps have nothing to do
   const auto fit = [&](int32_t warps) {
-    return division_of(layout, columns, kShared, warps, warps / team_warps_of(columns), 1, 1, 1).teams > 0;
+    return division_of(layout, columns, kShared, warps, most_teams(warps, columns), 1, 1, 1).teams > 0;
   };
   if (warp_quads_of(columns) == 2) return 8;
   return fit(16) ? 16 : team_warps_of(columns) == 1 && fit(12) ? 12 : 8;

@@ -4,8 +4,6 @@
 // copied by the whole warp, for one lane after the other.
 #pragma once
 
-#include <cstddef>
-
 #include "cuda/attend_walk.cuh"
 #include "cuda/device.cuh"
 

@@ -6,6 +6,8 @@
 // before, so that a barrier's parity tells all there is to know.
 #pragma once
 
+#include <cstddef>
+
 #include "cuda/attend.hpp"
 #include "cuda/attend_raw.cuh"
 #include "cuda/barrier.cuh"

@@ -85,14 +85,15 @@ __device__ inline Cut cut_of_short(const PlanInputs& in, const BlockPlan* blocks
 // nearly as long (`even`).
 __device__ inline Cut cut_of_cta(const PlanInputs& in, const BlockPlan* blocks, int32_t count, const Costs& all,
                                  bool even, int32_t cta) {
-  if (count == 0) return {count, 0, 0, all.steps};
+  const Cut end{count, 0, 0, all.steps};
+  if (count == 0) return end;
   const int32_t segments = count * in.layout.kv_heads, packed = packed_steps(blocks[0]);
   const bool alike = even && packed > 0;
   if (const int32_t each = alike ? ctas_of_short(in, packed, segments) : 0; each > 0)
-    return cta < each * segments ? cut_of_short(in, blocks, each, cta / each, cta % each) : Cut{count, 0, 0, all.steps};
+    return cta < each * segments ? cut_of_short(in, blocks, each, cta / each, cta % each) : end;
   const int64_t weight = alike ? int64_t{segments} * packed : all.weight, unit = alike ? 1 : kPackedWeight;
   const int32_t shares = shares_of(in, weight / unit, segments, alike);
-  if (cta >= shares) return {count, 0, 0, all.steps};
+  if (cta >= shares) return end;
   const int64_t at = weight * cta / shares, share = weight / unit / shares;
   const int32_t reach = cta == 0 ? 0 : static_cast<int32_t>(min(max(share / 16, int64_t{1}), int64_t{2 * kPieceTiles}));
   if (!alike) return cut_at_weight(in, blocks, 0, count, at, reach);

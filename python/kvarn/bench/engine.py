@@ -28,6 +28,7 @@ def main() -> None:
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     asked = json.loads(sys.argv[1])
+    mixes = asked["mixes"] = [Mix(*mix) for mix in asked["mixes"]]
     facts = {"kv_cache_dtype": asked["kv_cache_dtype"]}
 
     def tell(**line) -> None:
@@ -42,7 +43,6 @@ def main() -> None:
     start_s = round(time.perf_counter() - started, 2)
     facts |= machine() | scheduling(llm.llm_engine.vllm_config)
     tell(start_s=start_s, fit_tokens=capacity.tokens)
-    mixes = [Mix(*mix) for mix in asked["mixes"]]
     if mixes:
         run_mix(llm, Mix(4, 300, 8))  # warm-up
     for mix in mixes:
@@ -108,7 +108,7 @@ def start(asked: dict, capacity: Capacity):
     logging.getLogger("vllm.v1.core.kv_cache_utils").addFilter(capacity)
 
     options = {
-        "enable_prefix_caching": any(Mix(*mix).new for mix in asked["mixes"]),
+        "enable_prefix_caching": any(mix.new for mix in asked["mixes"]),
         "max_num_batched_tokens": 16384,
         "gpu_memory_utilization": 0.9,
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},

@@ -68,8 +68,7 @@ def see(engine, prompts: list[list[int]]) -> None:
 
     for i, prompt in enumerate(prompts):
         engine.add_request(f"seen-{i}", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=1, detokenize=False))
-    while engine.has_unfinished_requests():
-        engine.step()
+    finish(engine)
 
 
 def measured(prefill: float | None, steps: list[float], gained: float) -> dict:
@@ -88,10 +87,15 @@ def give_up(engine, names: list[str]) -> None:
     import torch
 
     engine.abort_request(names)
-    while engine.has_unfinished_requests():
-        engine.step()
+    finish(engine)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def finish(engine) -> None:
+    """Has the engine compute what it still has."""
+    while engine.has_unfinished_requests():
+        engine.step()
 
 
 PROFILED = 8  # steps
