@@ -6,6 +6,7 @@ set_property(CACHE KVARN_CUDA PROPERTY STRINGS AUTO ON OFF)
 # through the copy engine. 90 and 90a have the same machine code: nothing of 90a's own is used.
 set(KVARN_CUDA_ARCHITECTURES "80-real;90" CACHE STRING
     "Compute capabilities: 90 machine code and PTX, 80-real or 90a machine code, 80@90 what 80 runs as machine code of 90")
+set(KVARN_CUDA_SHARED_LIMIT "" CACHE STRING "Bytes of shared memory a CTA takes at most, to test what smaller GPUs have")
 set(KVARN_CUDA_SHAPES "all" CACHE STRING "all, or shapes as k4v2_g128_d128;k2v2_g64_d96 for a quick build")
 
 # Sets KVARN_HAS_CUDA and enables the language. Says why if it is left out; that is an error if KVARN_CUDA is ON.
@@ -106,6 +107,9 @@ function(kvarn_add_cuda target)
     endif()
   endforeach()
   target_compile_options(kvarn_cuda PRIVATE ${options})
+  if(KVARN_CUDA_SHARED_LIMIT)
+    target_compile_definitions(kvarn_cuda PRIVATE KVARN_CUDA_SHARED_LIMIT=${KVARN_CUDA_SHARED_LIMIT})
+  endif()
   target_include_directories(kvarn_cuda PRIVATE include src ${generated})
   set_target_properties(kvarn_cuda PROPERTIES CUDA_RUNTIME_LIBRARY None)
 

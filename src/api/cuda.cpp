@@ -24,8 +24,8 @@ kvarn_status check_built(const kvarn_layout& layout) {
       layout.k_bits, layout.v_bits, layout.page_tokens, layout.head_dim);
 }
 
-int32_t ctas_of(const kvarn_cuda_limits& limits, const cuda::Device& device) {
-  return limits.ctas > 0 ? limits.ctas : device.multiprocessors;
+int32_t ctas_of(const kvarn_cuda_limits& limits, const cuda::Gpu& gpu) {
+  return limits.ctas > 0 ? limits.ctas : gpu.multiprocessors;
 }
 
 // Arguments are checked; what is left is whether the shape, the device and the workspace are there.
@@ -33,9 +33,9 @@ template <class Run>
 kvarn_status launch(const char* verb, const kvarn_layout& layout, const kvarn_pages& pages, const kvarn_cuda_step& step,
                     const kvarn_cuda_workspace& workspace, kvarn_cuda_stream stream, const Run& run) {
   KVARN_TRY(check_built(layout));
-  cuda::Device device;
-  KVARN_TRY(cuda::find_device(&device));
-  const int32_t ctas = ctas_of(workspace.limits, device);
+  cuda::Gpu gpu{};
+  KVARN_TRY(cuda::find_gpu(&gpu));
+  const int32_t ctas = ctas_of(workspace.limits, gpu);
   const cuda::WorkspaceMap map = cuda::WorkspaceMap::make(layout, workspace.limits, ctas);
   if (workspace.bytes < map.bytes)
     return fail(KVARN_WORKSPACE_TOO_SMALL, "the workspace has %lld bytes; its limits need %lld",
@@ -48,8 +48,8 @@ kvarn_status launch(const char* verb, const kvarn_layout& layout, const kvarn_pa
 }  // namespace
 
 extern "C" int32_t kvarn_cuda_available(void) {
-  cuda::Device device;
-  return cuda::find_device(&device) == KVARN_OK;
+  cuda::Gpu gpu{};
+  return cuda::find_gpu(&gpu) == KVARN_OK;
 }
 
 extern "C" const char* kvarn_cuda_architectures(void) { return KVARN_CUDA_ARCHITECTURES; }
@@ -58,9 +58,9 @@ extern "C" const char* const* kvarn_cuda_shapes(void) { return cuda::built_shape
 extern "C" kvarn_status kvarn_cuda_workspace_bytes(const kvarn_layout* layout, const kvarn_cuda_limits* limits,
                                                    int64_t* bytes) {
   KVARN_TRY(cuda::check_workspace_bytes(layout, limits, bytes));
-  cuda::Device device{};
-  if (limits->ctas == 0) KVARN_TRY(cuda::find_device(&device));
-  *bytes = cuda::WorkspaceMap::make(*layout, *limits, ctas_of(*limits, device)).bytes;
+  cuda::Gpu gpu{};
+  if (limits->ctas == 0) KVARN_TRY(cuda::find_gpu(&gpu));
+  *bytes = cuda::WorkspaceMap::make(*layout, *limits, ctas_of(*limits, gpu)).bytes;
   return KVARN_OK;
 }
 
@@ -109,8 +109,8 @@ extern "C" kvarn_status kvarn_cuda_expand(const kvarn_layout* layout, const kvar
   KVARN_TRY(cuda::check_expand(layout, pages, batch, k, v));
   if (batch->requests == 0 || k->tokens == 0) return KVARN_OK;
   KVARN_TRY(check_built(*layout));
-  cuda::Device device;
-  KVARN_TRY(cuda::find_device(&device));
+  cuda::Gpu gpu{};
+  KVARN_TRY(cuda::find_gpu(&gpu));
   return cuda::status_of(cuda::expand(*layout, *pages, *batch, *k, *v, stream), "expand");
 }
 
@@ -118,8 +118,8 @@ extern "C" kvarn_status kvarn_cuda_rotate(int32_t head_dim, const kvarn_rows* in
                                           kvarn_cuda_stream stream) {
   KVARN_TRY(cuda::check_rotate(head_dim, in, out));
   if (in->tokens == 0 || in->heads == 0) return KVARN_OK;
-  cuda::Device device;
-  KVARN_TRY(cuda::find_device(&device));
+  cuda::Gpu gpu{};
+  KVARN_TRY(cuda::find_gpu(&gpu));
   return cuda::status_of(cuda::rotate(head_dim, *in, *out, stream), "rotate");
 }
 

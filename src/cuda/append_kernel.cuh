@@ -86,12 +86,16 @@ __global__ __launch_bounds__(kThreads,
 }
 
 template <class Shape, int kThreads, kvarn_encoder kEncoder>
-cudaError_t launch_append(const AppendArguments& a, int64_t completed, int64_t multiprocessors, cudaStream_t stream) {
+cudaError_t launch_append(const AppendArguments& a, int64_t completed, cudaStream_t stream) {
+  using Memory = EncodeMemory<Shape::page_tokens, Shape::head_dim>;
   constexpr auto kKernel = append_kernel<Shape, kThreads, kEncoder>;
-  constexpr size_t kBytes = sizeof(EncodeMemory<Shape::page_tokens, Shape::head_dim>);
   constexpr int kVectors = 32 / kVectorLanes<Shape::head_dim>;
-  if (kBytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static_assert(least_bytes<Memory>() <= kLeastShared);
+  Gpu gpu;
+  if (const cudaError_t error = current_gpu(gpu); error != cudaSuccess) return error;
+  const int bytes = sizeof(Memory) <= static_cast<size_t>(gpu.shared_bytes) ? sizeof(Memory) : least_bytes<Memory>();
+  if (bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
   }
   // A CTA leaves no room for one of attention's beside it: where hardly a tile completes, tails get few, all warps of
@@ -99,14 +103,9 @@ cudaError_t launch_append(const AppendArguments& a, int64_t completed, int64_t m
   const int64_t warps = (int64_t{a.requests} * a.tail_vectors + kVectors - 1) / kVectors;
   const int64_t tails = completed > 0 ? warps : (warps + kThreads / 32 - 1) / (kThreads / 32);
   const int64_t ctas =
-      std::min(std::max(2 * completed * a.kv_heads, tails), multiprocessors * (kFastThreads / kThreads));
-  return launch_dependent(kKernel, dim3(static_cast<uint32_t>(ctas)), dim3(kThreads), kBytes, stream, a);
-}
-
-inline cudaError_t count_multiprocessors(int& count) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+      std::min(std::max(2 * completed * a.kv_heads, tails), int64_t{gpu.multiprocessors} * (kFastThreads / kThreads));
+  return launch_dependent(kKernel, dim3(static_cast<uint32_t>(ctas)), dim3(kThreads), static_cast<size_t>(bytes),
+                          stream, a);
 }
 
 // body(encoder) with the encoder as a type.
@@ -122,10 +121,6 @@ cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_
   const kvarn_cuda_step& step = launch.step;
   const int32_t heads = launch.layout.kv_heads, requests = step.batch.requests;
   if (requests == 0 || step.tokens == 0 || step.max_query_len == 0) return cudaSuccess;
-  int multiprocessors = 0;
-  cudaError_t error = count_multiprocessors(multiprocessors);
-  if (error != cudaSuccess) return error;
-
   const AppendArguments a{launch.plan(),
                           {launch.pages, feedback},
                           0,
@@ -141,8 +136,9 @@ cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_
   // A request can have to stage only if n + 1 rows lie behind the edge of a tile that it was in.
   const bool prompt = step.max_query_len >= Shape::raw_tokens_per_page + 2;
   if (prompt) {
-    error = launch_dependent(stage_kernel<Shape>, dim3(static_cast<uint32_t>(requests), static_cast<uint32_t>(heads)),
-                             dim3(256), 0, launch.stream, a);
+    const cudaError_t error =
+        launch_dependent(stage_kernel<Shape>, dim3(static_cast<uint32_t>(requests), static_cast<uint32_t>(heads)),
+                         dim3(256), 0, launch.stream, a);
     if (error != cudaSuccess) return error;
   }
   // Of single rows that defer only tiles in shared pages are left, which hardly ever happens.
@@ -152,7 +148,7 @@ cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_
   return with_encoder(encoder, [&](auto is) {
     const auto run =
         prompt ? launch_append<Shape, kManyThreads, is.value> : launch_append<Shape, kFastThreads, is.value>;
-    return run(a, completed, multiprocessors, launch.stream);
+    return run(a, completed, launch.stream);
   });
 }
 
@@ -160,8 +156,6 @@ cudaError_t append_shape(const Launch& launch, const kvarn_rows& k, const kvarn_
 template <class Shape>
 cudaError_t pack_shape(const Launch& launch, int32_t layers, kvarn_encoder encoder) {
   const kvarn_batch& batch = launch.step.batch;
-  int multiprocessors = 0;
-  if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
   AppendArguments a{};
   a.plan = launch.plan();
   a.layers = layers;
@@ -169,8 +163,7 @@ cudaError_t pack_shape(const Launch& launch, int32_t layers, kvarn_encoder encod
   a.table_stride = batch.table_stride;
   a.kv_heads = launch.layout.kv_heads;
   return with_encoder(encoder, [&](auto is) {
-    return launch_append<Shape, kFastThreads, is.value>(a, int64_t{batch.requests} * layers, multiprocessors,
-                                                        launch.stream);
+    return launch_append<Shape, kFastThreads, is.value>(a, int64_t{batch.requests} * layers, launch.stream);
   });
 }
 

@@ -4,17 +4,17 @@
 
 #include "cuda/attend_division.cuh"
 #include "cuda/dispatch.hpp"
+#include "cuda/gpu.hpp"
 
 namespace kvarn::cuda {
 cudaError_t divide(const kvarn_layout& layout, int32_t query_heads, int32_t max_query_len, Division& division) {
-  int device = 0, limit = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
+  Gpu gpu;
+  if (const cudaError_t error = current_gpu(gpu); error != cudaSuccess) return error;
   const int32_t columns = block_columns(layout, query_heads, max_query_len), warps = computing_warps(layout, columns);
   Division d{};
   const auto use = [&](int32_t teams, int32_t states, int32_t key_depth, int32_t value_depth) {
-    const Division wanted = division_of(layout, columns, limit, warps, teams, states, key_depth, value_depth);
+    const Division wanted =
+        division_of(layout, columns, gpu.shared_bytes, warps, teams, states, key_depth, value_depth);
     if (wanted.teams > 0) d = wanted;
     return wanted.teams > 0;
   };

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "cuda/gpu.hpp"
 #include "kvarn/kvarn.h"
 
 namespace kvarn::cuda {
@@ -50,10 +51,13 @@ __device__ inline void store_element(float value, void* row, kvarn_dtype dtype, 
     static_cast<float*>(row)[i] = value;
 }
 
-// Launches with programmatic stream serialization: the kernel may begin while the one before it ends.
+// Launches with programmatic stream serialization, if the kernels wait for one another: the kernel may begin while the
+// one before it ends.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                              cudaStream_t stream, Arguments... arguments) {
+  Gpu gpu;
+  if (const cudaError_t error = current_gpu(gpu); error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -63,7 +67,7 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = gpu.dependent ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

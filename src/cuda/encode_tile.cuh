@@ -33,7 +33,7 @@ struct alignas(16) Row {
 };
 
 // What feedback works on: y of a block of channels, later the errors, [channel][token]; and B's columns of this block
-// and of the next, [channel][column].
+// and of the next, [channel][column]. The last is left out where a CTA has no room for it.
 template <int kTokens, int kHeadDim>
 struct EncodeBlock {
   static constexpr int channels = 16, tokens = kHeadDim > 128 && kTokens > 64 ? 64 : kTokens;
@@ -53,5 +53,11 @@ struct EncodeMemory {
   Real deviation[kMost], row_best[kMost];  // of varnorm
   EncodeBlock<kTokens, kHeadDim> block;    // of feedback
 };
+// Of a CTA that has room for the columns of one block only: 96 KB at head_dim 256, where a CTA of an sm_86 has 99.
+template <class Memory>
+constexpr int least_bytes() {
+  return static_cast<int>(sizeof(Memory) - sizeof(Memory{}.block.columns[0]));
+}
+inline constexpr int kLeastShared = 99 * 1024;
 
 }  // namespace kvarn::cuda

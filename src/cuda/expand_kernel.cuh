@@ -10,10 +10,9 @@ namespace kvarn::cuda {
 // CTAs of a persistent grid over `items`.
 template <class Shape>
 cudaError_t expand_ctas(int64_t items, unsigned* ctas) {
-  int device = 0, count = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)) return error;
-  *ctas = static_cast<unsigned>(min(items, int64_t{count} * ExpandGrid<Shape>::ctas_per_sm));
+  Gpu gpu;
+  if (const cudaError_t error = current_gpu(gpu)) return error;
+  *ctas = static_cast<unsigned>(min(items, int64_t{gpu.multiprocessors} * ExpandGrid<Shape>::ctas_per_sm));
   return cudaSuccess;
 }
 

@@ -36,6 +36,14 @@ struct Feedback {
       copy_chunk(columns + 4 * i, b + i / kChunks * kHeadDim + first + i % kChunks * 4);
   }
 
+  // Is there room to fetch the columns of the next block while this one is worked on?
+  static __device__ bool has_both_columns() {
+    if constexpr (sizeof(Memory) <= kLeastShared) return true;
+    uint32_t bytes;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+    return bytes >= sizeof(Memory);
+  }
+
   // The codes of a token in channels first .. first + 15, in place of the values; its errors in place of y. While a
   // code is chosen, all errors but its own go into the channel before, so that little is left to do once it is known.
   __device__ void choose(int token, Real* column, int first, const Real* columns) const {
@@ -131,8 +139,9 @@ struct Feedback {
       }
     }
     int buffer = 0;
+    const bool both = has_both_columns();
 #pragma unroll 1
-    for (int first = kHeadDim - kBlock; first >= 0; first -= kBlock, buffer ^= 1) {
+    for (int first = kHeadDim - kBlock; first >= 0; first -= kBlock, buffer ^= both ? 1 : 0) {
 #pragma unroll
       for (int r = 0; r < kHeldQuads; ++r) {
         const int channel = channel_of(of_class + kClasses * r) - first;  // in the block
@@ -145,12 +154,13 @@ struct Feedback {
       wait_for_chunks();
       __syncthreads();
       const Real* columns = memory.block.columns[buffer];
-      if (first > 0) fetch(first - kBlock, memory.block.columns[buffer ^ 1]);
+      if (first > 0 && both) fetch(first - kBlock, memory.block.columns[buffer ^ 1]);
       if (thread < kTokens)
         choose(start + thread / 4 + kTokenQuads * (thread % 4), memory.block.y + thread, first, columns);
       __syncthreads();
       pass_on(first, token_quad, of_class, columns, y);
-      __syncthreads();  // the errors were read
+      __syncthreads();  // the errors were read, and the columns
+      if (first > 0 && !both) fetch(first - kBlock, memory.block.columns[0]);
     }
   }
 
