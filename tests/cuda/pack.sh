@@ -8,6 +8,8 @@
 #   KVARN_BUILD=/tmp/kvarn-pack     where to build        KVARN_CUDA_ARCHITECTURES=90a     of the GPU
 #   KVARN_CUDA_SHAPES=...           14 of them, those of the benchmark among them; all takes long
 #   PYTHON=python3                  with nanobind         HEADERS=/usr/include/python3.12  of the GPU machine's Python
+#
+# On a Hopper GPU, what an Ampere or Ada GPU runs: KVARN_CUDA_ARCHITECTURES=80@90 KVARN_CUDA_SHARED_LIMIT=101376
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$1" && out=$(cd "$1" && pwd)
@@ -19,9 +21,10 @@ mkdir -p "$build"
 rm -f "$out"/{commit,_core.so.xz,libkvarn.a.xz,*.o}  # what fails leaves nothing behind
 cmake -G Ninja -S "$root" -B "$build" -DKVARN_CUDA=ON -DKVARN_TESTS=OFF -DCMAKE_POSITION_INDEPENDENT_CODE=ON \
   -DKVARN_CUDA_ARCHITECTURES="$architecture" "-DKVARN_CUDA_SHAPES=${KVARN_CUDA_SHAPES:-$shapes}" \
+  -DKVARN_CUDA_SHARED_LIMIT="${KVARN_CUDA_SHARED_LIMIT:-}" \
   "-DCMAKE_CUDA_FLAGS=-lineinfo -Xptxas=-v" >"$build/configure.log" || { cat "$build/configure.log"; exit 1; }
 cmake --build "$build" --target kvarn >"$build/build.log" 2>&1 || { grep -E 'error|FAILED' "$build/build.log" | head -30; exit 1; }
-nvcc=(nvcc -std=c++20 --expt-relaxed-constexpr -O2 "-gencode=arch=compute_$architecture,code=sm_$architecture"
+nvcc=(nvcc -std=c++20 --expt-relaxed-constexpr -O2 "-gencode=arch=compute_${architecture%@*},code=sm_${architecture#*@}"
   -I"$root/src" -I"$root/include" -I"$root/tests" -I"$build/cuda")
 for source in bench/cuda/speed.cu tests/cuda/attend_test.cu tests/cuda/sanitized.cpp; do
   "${nvcc[@]}" -c "$root/$source" -o "$out/$(basename "${source%.*}").o"
