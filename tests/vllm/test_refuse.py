@@ -180,16 +180,6 @@ def test_an_old_gpu(gpu):
         hooks.check_config(config())
 
 
-def test_little_shared_memory(gpu):
-    gpu.setattr(refuse.kvarn, "cuda_shapes", lambda: ["k4v2_g128_d64", "k4v2_g128_d256"])
-    large = config(model_config__head_size=256)
-    hooks.check_config(large)
-    gpu.setattr(refuse.compat, "capability", lambda: (8, 9))
-    hooks.check_config(config())
-    with pytest.raises(refuse.Refused, match=r"head_dim 256 on a GPU of compute capability 8\.9"):
-        hooks.check_config(large)
-
-
 def test_missing_hook(monkeypatch):
     hook = limits.contract.Hook("pages ahead", False, "no FullAttentionManager")
     monkeypatch.setattr(limits.contract, "probe", lambda: [hook])

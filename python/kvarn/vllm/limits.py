@@ -15,8 +15,6 @@ DRAFT_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculato
 DRAFT_METHODS = (*DRAFT_WITHOUT_LAYERS, "eagle", "eagle3", "mtp", "draft_model")
 # Connectors that hand over full blocks only: packed tiles, which nobody writes again.
 WHOLE_BLOCK_CONNECTORS = ("OffloadingConnector",)
-# Compute capabilities with 99 KB of shared memory for a CTA; packing a tile of head_dim 256 takes 112.
-LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
 @dataclass(frozen=True)
@@ -122,13 +120,6 @@ def _heads(preset, config):
     return None
 
 
-def _shared_memory(preset, config):
-    model, found = config.model_config, compat.capability() if compat.platform_name() == "cuda" else None
-    if model is None or model.use_mla or found not in LITTLE_SHARED_MEMORY or model.get_head_size() <= 128:
-        return None
-    return f"head_dim {model.get_head_size()} on a GPU of compute capability {found[0]}.{found[1]}"
-
-
 def _has_windows(config) -> bool:
     return config.model_config is not None and config.model_config.get_sliding_window() is not None
 
@@ -201,7 +192,6 @@ LIMITS = (
     ),
     Limit("options of kvarn's that do not exist", "name one of these, or leave the option out", _choices),
     Limit("head sizes and ratios without kernels", USE_16_BIT, _heads),
-    Limit("head_dim 256 on GPUs of compute capability 8.6, 8.9 and 12", USE_16_BIT, _shared_memory),
     Limit("presets of some layers' own where pages must be of one size", "leave kvarn_layers out", _some_layers),
     Limit("multi-head latent attention (MLA)", USE_16_BIT, _model("use_mla", "has multi-head latent attention")),
     Limit("hybrid models with state-space or linear-attention layers, on CPUs", USE_16_BIT, _hybrid),
