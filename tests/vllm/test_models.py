@@ -90,6 +90,14 @@ def test_sinks_count(models, texts, in_16_bits, monkeypatch, prompts_on):
     assert gap(ours, in_16_bits("gpt-oss")) > 0.2
 
 
+def test_prompts_on_flash_attention_2(models, texts, in_16_bits):
+    """What GPUs before Hopper have."""
+    with Engine(models["qwen3"], **PRECISE, **ROOM, **CACHE, attention_config={"flash_attn_version": 2}) as engine:
+        cold, warm = engine.run(texts, tokens=12), engine.run(texts, tokens=12)
+    print("FlashAttention 2", gap(cold, in_16_bits("qwen3")), gap(warm, in_16_bits("qwen3")))
+    assert gap(cold, in_16_bits("qwen3")) < 0.15 and gap(warm, in_16_bits("qwen3")) < 0.15
+
+
 @pytest.mark.parametrize("weights", ["fp8", *tiny.QUANTIZED])
 def test_quantized_weights(models, texts, tmp_path, weights):
     if weights == "fp8":
