@@ -38,7 +38,7 @@ class Loader {
       } while (!__any_sync(~0u, ready));
       // Again, to wait as the sanitizer knows it; by the whole warp where all lanes copy, or did when the slot was last
       // used.
-      history_ = ready ? history_ << 1 | (list_.raw ? 1 : 0) : history_;
+      history_ = ready ? history_ << 1 | (kLanesCopy || list_.raw ? 1 : 0) : history_;
       const bool shared = ready && (history_ & ((2u << depth) - 1)) != 0;
       if (ready && !shared) wait(empty, slots.parity);
 #pragma unroll 1
@@ -72,22 +72,20 @@ class Loader {
   // Of every lane that asks for it, its packed part.
   __device__ void load_packed(bool wanted, Shared to, Shared full) {
     const uint32_t part = keys_ ? RoomOf<S>::key_part : RoomOf<S>::value_part;
-#if __CUDA_ARCH__ >= 900
-    if (wanted) {
-      expect_bytes(full, part, kCopyArrivals);
-      copy_stretch(to, record(list_.pages[0], list_.head) + (keys_ ? 0 : RoomOf<S>::key_part), part, full, lane_,
-                   once_);
-    }
-#else
-    const uint8_t* from = record(list_.pages[0], list_.head) + (keys_ ? 0 : RoomOf<S>::key_part);
+    const auto from = [&] { return record(list_.pages[0], list_.head) + (keys_ ? 0 : RoomOf<S>::key_part); };
+    if constexpr (kLanesCopy) {
+      const uint8_t* at = from();
 #pragma unroll 1
-    for (unsigned owners = __ballot_sync(~0u, wanted); owners != 0; owners &= owners - 1) {
-      const int owner = __ffs(static_cast<int>(owners)) - 1;
-      const Shared its = of_lane(full, owner);
-      copy_stretch(of_lane(to, owner), of_lane(from, owner), __shfl_sync(~0u, part, owner), its, lane_, once_);
-      finish_chunks(its);
+      for (unsigned owners = __ballot_sync(~0u, wanted); owners != 0; owners &= owners - 1) {
+        const int owner = __ffs(static_cast<int>(owners)) - 1;
+        const Shared its = of_lane(full, owner);
+        copy_stretch(of_lane(to, owner), of_lane(at, owner), __shfl_sync(~0u, part, owner), its, lane_, once_);
+        finish_chunks(its);
+      }
+    } else if (wanted) {
+      expect_bytes(full, part, kCopyArrivals);
+      copy_stretch(to, from(), part, full, lane_, once_);
     }
-#endif
   }
 
   __device__ static Shared of_lane(Shared at, int lane) { return Shared(__shfl_sync(~0u, at.address, lane)); }
@@ -138,7 +136,7 @@ class Loader {
   const bool keys_;
   bool early_;
   ReadOnce once_;
-  uint32_t history_ = 0;  // bit k: the step k before was raw
+  uint32_t history_ = 0;  // bit k: all lanes copied the step k before
 };
 
 }  // namespace kvarn::cuda

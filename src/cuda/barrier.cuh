@@ -66,6 +66,12 @@ __device__ inline void wait(Shared barrier, uint32_t parity) {
 #endif
 }
 
+// Are stretches carried by all lanes of a warp? Each then waits itself for what was read there before.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr bool kLanesCopy = true;
+#else
+inline constexpr bool kLanesCopy = false;
+#endif
 inline constexpr uint32_t kCopyArrivals = 32;  // of a warp's lanes, or of one that announces for all
 
 // Announces `bytes` that the copies of one lane will bring, by that lane, before them; for so many arrivals.

@@ -24,8 +24,8 @@ tools=("$@")
 ((${#tools[@]})) || tools=(memcheck racecheck initcheck synccheck)
 
 check() {
-  # attend has 148 barriers; synccheck counts fewer by itself and then loses some.
-  local log=$build/$2.$1.log more=(--num-cuda-barriers 256)
+  # attend has 148 barriers; synccheck counts fewer by itself and then loses some, with 256 too in 99 KB.
+  local log=$build/$2.$1.log more=(--num-cuda-barriers 1024)
   [[ $2 != memcheck ]] || more+=(--leak-check full)
   if timeout "${KVARN_SECONDS:-100}" compute-sanitizer --tool "$2" --error-exitcode 9 --print-limit 5 "${more[@]}" \
       "$program" "$1" > "$log" 2>&1; then
