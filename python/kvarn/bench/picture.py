@@ -16,11 +16,11 @@ def draw(lines: list[dict], mixes: list[Mix]) -> str:
     panels = [("tokens that fit (more is better)", _bars(lines, "fit_tokens"), "{:,.0f}")]
     for mix in mixes:
         least, key = (f"{mix.least:,} to ", "step_mean_ms") if mix.least else ("", "step_ms")
-        what, new = "ms per decode step", ""
+        what, new, form = "ms per decode step", "", "{:.2f}"
         if mix.new:  # then it is about the first tokens
-            what, new, key = "s to the first tokens", f", the last {mix.new:,} new", "prefill_s"
+            what, new, key, form = "s to the first tokens", f", the last {mix.new:,} new", "prefill_s", "{:.3f}"
         title = f"{what}, {mix.requests} x {least}{mix.context:,} tokens{new} (less is better)"
-        panels.append((title, _bars(lines, key, mix), "{:.2f}"))
+        panels.append((title, _bars(lines, key, mix), form))
     return panels_of_bars(panels)
 
 

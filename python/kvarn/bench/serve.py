@@ -126,7 +126,7 @@ def _row(title: str, dtypes: list[str], values: dict, otherwise: dict) -> list[s
         if (mine := values.get(dtype)) is None:
             return otherwise.get(dtype, "-")
         counts = isinstance(mine, int)  # tokens: more is better
-        text = f"{mine:,}" if counts else f"{mine:.2f}"
+        text = f"{mine:,}" if counts else f"{mine:.2f}" if mine >= 1 else f"{mine:.3f}"
         if first is None or dtype == dtypes[0]:
             return text
         return f"{text} ({mine / first if counts else first / mine:.2f}x)"
