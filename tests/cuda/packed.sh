@@ -35,7 +35,8 @@ of_test() {
   [[ $state == ok ]]
 }
 of_tool() {
-  local log=$results/$1.$2.log more=(--num-cuda-barriers 1024)  # attend has 148; synccheck counts fewer by itself, and with 256 too few in 99 KB
+  # attend has 148 barriers; synccheck counts fewer by itself and then loses some, with 256 too in 99 KB.
+  local log=$results/$1.$2.log more=(--num-cuda-barriers 1024)
   [[ $2 != memcheck ]] || more+=(--leak-check full)
   if timeout 200 compute-sanitizer --tool "$2" --error-exitcode 9 --print-limit 5 "${more[@]}" "$work/sanitized" "$1" >"$log" 2>&1
   then echo "ok $2 $1"; else echo "FAILED $2 $1" && head -n 30 "$log" && false; fi
