@@ -113,7 +113,7 @@ def test_prompts_that_are_in_the_cache_but_for_their_ends():
     mix = Mix(64, 2048, 48, new=512)
     line = LINES[1] | {"new": 512, "prefill_s": 0.8}
     _, rows = serve.table([*LINES, line], [MIX, mix])
-    assert [row[:2] for row in rows[1:5:2]] == [["64x2048 prefill, s", "3.30"], ["64x2048:512 prefill, s", "0.80"]]
+    assert [row[:2] for row in rows[1:5:2]] == [["64x2048 prefill, s", "3.30"], ["64x2048:512 prefill, s", "0.800"]]
     drawn = picture.draw([*LINES, line], [mix])
     assert "s to the first tokens, 64 x 2,048 tokens, the last 512 new (less is better)" in drawn and "0.80" in drawn
 
