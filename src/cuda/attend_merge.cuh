@@ -167,26 +167,24 @@ class Merge {
   }
   // A lane's copies of whole slices, and the warp's wait for those of all lanes.
   __device__ void begin_slices(int count) {
-#if __CUDA_ARCH__ >= 900
     order_before_copies();
     expect_bytes(&room_->parts_full[warp_], static_cast<uint32_t>(count * sizeof(PartSlice)), 1);
-#endif
   }
   __device__ void copy_slice(PartSlice* to, const PartSlice* from) {
-#if __CUDA_ARCH__ >= 900
-    copy_stretch(to, from, sizeof(PartSlice), &room_->parts_full[warp_], lane_, once_);
-#else
-    for (uint32_t i = 0; i < sizeof(PartSlice); i += 16)
-      copy_chunk(reinterpret_cast<uint8_t*>(to) + i, reinterpret_cast<const uint8_t*>(from) + i);
-#endif
+    if constexpr (kLanesCopy) {
+      for (uint32_t i = 0; i < sizeof(PartSlice); i += 16)
+        copy_chunk(reinterpret_cast<uint8_t*>(to) + i, reinterpret_cast<const uint8_t*>(from) + i);
+    } else {
+      copy_stretch(to, from, sizeof(PartSlice), &room_->parts_full[warp_], lane_, once_);
+    }
   }
   __device__ void wait_for_slices() {
-#if __CUDA_ARCH__ >= 900
-    wait(&room_->parts_full[warp_], parity_);
-    parity_ ^= 1;
-#else
-    wait_for_chunks();
-#endif
+    if constexpr (kLanesCopy) {
+      wait_for_chunks();
+    } else {
+      wait(&room_->parts_full[warp_], parity_);
+      parity_ ^= 1;
+    }
     __syncwarp();
   }
 

@@ -34,21 +34,14 @@ of_test() {
   echo "$state $1: $(tail -n 1 "$log")"
   [[ $state == ok ]]
 }
-of_tool() {
-  # attend has 148 barriers; synccheck counts fewer by itself and then loses some, with 256 too in 99 KB.
-  local log=$results/$1.$2.log more=(--num-cuda-barriers 1024)
-  [[ $2 != memcheck ]] || more+=(--leak-check full)
-  if timeout 200 compute-sanitizer --tool "$2" --error-exitcode 9 --print-limit 5 "${more[@]}" "$work/sanitized" "$1" >"$log" 2>&1
-  then echo "ok $2 $1"; else echo "FAILED $2 $1" && head -n 30 "$log" && false; fi
-}
-export -f of_test of_tool
+export -f of_test
 if [[ $what == *check* ]]; then
   "$work/attend_test" >"$results/attend_test.log" 2>&1 || status=1
   tail -n 1 "$results/attend_test.log"
   printf '%s\n' tests/cuda/test_*.py | xargs -P "$JOBS" -I{} bash -c 'of_test {}' || status=1
   for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
     for shape in ${SANITIZE:-k4v2_g128_d128 k4v3_g64_d96 k2v2_g64_d64 k4v2_g128_d256 k3v3_g128_d64}; do echo "$shape $tool"; done
-  done | xargs -P "$JOBS" -L 1 bash -c 'of_tool "$0" "$1"' || status=1
+  done | KVARN_SECONDS=200 xargs -P "$JOBS" -L 1 tests/cuda/tool.sh "$work/sanitized" "$results" || status=1
   echo "checked after $((SECONDS - begun)) s, status $status"
 fi
 if [[ $what == *time* ]]; then

@@ -23,21 +23,6 @@ shapes=$(sed -n 's/^SHAPE(\(.*\), \(.*\), \(.*\), \(.*\))/k\1v\2_g\3_d\4/p' "$bu
 tools=("$@")
 ((${#tools[@]})) || tools=(memcheck racecheck initcheck synccheck)
 
-check() {
-  # attend has 148 barriers; synccheck counts fewer by itself and then loses some, with 256 too in 99 KB.
-  local log=$build/$2.$1.log more=(--num-cuda-barriers 1024)
-  [[ $2 != memcheck ]] || more+=(--leak-check full)
-  if timeout "${KVARN_SECONDS:-100}" compute-sanitizer --tool "$2" --error-exitcode 9 --print-limit 5 "${more[@]}" \
-      "$program" "$1" > "$log" 2>&1; then
-    echo "ok     $2 $1"
-  else
-    echo "FAILED $2 $1 (status $?)"
-    head -n 40 "$log"
-    return 1
-  fi
-}
-export -f check
-export build program
 "$program" $shapes > "$build/plain.log" || { echo "FAILED without a tool"; tail -n 3 "$build/plain.log"; exit 1; }
 for tool in "${tools[@]}"; do for shape in $shapes; do echo "$shape $tool"; done; done |
-  xargs -P "${KVARN_JOBS:-6}" -L 1 bash -c 'check "$0" "$1"'
+  xargs -P "${KVARN_JOBS:-6}" -L 1 "$root/tests/cuda/tool.sh" "$program" "$build"
